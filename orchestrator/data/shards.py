@@ -1,0 +1,370 @@
+"""Shards and manifest: what data_prep writes and the pipeline reads.
+
+A data set is a folder in storage::
+
+    manifest.json             published last: a folder without it is unfinished
+    train/<shard>.tar …       WebDataset-compatible: <key>.jpg and, where labelled, <key>.cls (the label in digits)
+    train.arrow …             one row an image (``INDEX_SCHEMA``), so that any image is one ranged read away
+    statistics.safetensors    mean_image [3, S, S] float32, channel_mean [3] float64, covariance, eigenvalues,
+                              eigenvectors of RGB in 0–255 over the training set
+
+The SHA-256 of ``manifest.json`` names the data set, since the manifest holds the digests of everything else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import PurePosixPath
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+import pyarrow as pa
+
+from orchestrator.storage import DigestError, Storage, sha256_hex
+
+FORMAT = "resnet-orchestrator-shards/1"
+UNLABELLED = -1
+
+INDEX_SCHEMA = pa.schema(
+    [
+        ("shard", pa.int32()),  # position in the split's list of shards
+        ("offset", pa.int64()),  # bytes from the start of the shard to the start of the image
+        ("nbytes", pa.int32()),
+        ("width", pa.int32()),  # pixels, as stored: the EXIF orientation is ignored
+        ("height", pa.int32()),
+        ("label", pa.int32()),  # UNLABELLED in a test set
+        ("decodable", pa.uint8()),  # 0: kept for its place in an evaluation, counts as wrong
+        ("name", pa.string()),  # file name in the source
+    ]
+)
+
+
+@dataclass(frozen=True)
+class ClassInfo:
+    """One class. ``label`` is 0-based in the order of the sorted wnids; ``ilsvrc_id`` is the devkit's, 1-based."""
+
+    label: int
+    wnid: str
+    ilsvrc_id: int | None = None
+    words: str = ""
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One tar file: name inside the data set, size in bytes, number of images, SHA-256 of the whole file."""
+
+    name: str
+    nbytes: int
+    count: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class SplitInfo:
+    """One of train, val, test: number of images, per-image index and shards."""
+
+    count: int
+    index: str
+    index_sha256: str
+    shards: tuple[ShardInfo, ...]
+
+
+@dataclass(frozen=True)
+class OddImage:
+    """An image that needed attention: what it is ("png", "cmyk", "grayscale", "undecodable") and what was done."""
+
+    split: str
+    name: str
+    what: str
+    done: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """An input archive: file name, size in bytes, MD5 where it was computed, and whether that is the official one."""
+
+    name: str
+    nbytes: int
+    md5: str = ""
+    official: bool = False
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All there is to know about a data set without opening a shard."""
+
+    name: str
+    classes: tuple[ClassInfo, ...]
+    splits: Mapping[str, SplitInfo]
+    statistics: str
+    statistics_sha256: str
+    statistics_crop: int  # pixels: side of the mean image
+    odd: tuple[OddImage, ...] = ()
+    sources: tuple[Source, ...] = ()
+    format: str = FORMAT
+
+    def to_bytes(self) -> bytes:
+        return (json.dumps(asdict(self), indent=1, sort_keys=True) + "\n").encode()
+
+    @staticmethod
+    def from_bytes(data: bytes) -> Manifest:
+        """Raises ValueError where ``data`` is no manifest of this format."""
+        try:
+            raw = json.loads(data)
+            if raw["format"] != FORMAT:
+                raise ValueError(f"format {raw['format']!r}, this program reads {FORMAT!r}")
+            return Manifest(
+                name=raw["name"],
+                classes=tuple(ClassInfo(**c) for c in raw["classes"]),
+                splits={
+                    key: SplitInfo(**{**s, "shards": tuple(ShardInfo(**shard) for shard in s["shards"])})
+                    for key, s in raw["splits"].items()
+                },
+                statistics=raw["statistics"],
+                statistics_sha256=raw["statistics_sha256"],
+                statistics_crop=raw["statistics_crop"],
+                odd=tuple(OddImage(**o) for o in raw["odd"]),
+                sources=tuple(Source(**s) for s in raw["sources"]),
+            )
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"manifest.json cannot be read ({error!r}): prepare the data set again") from None
+
+
+# -- writing ----------------------------------------------------------------------------------------------------
+
+
+class _Digesting:
+    """A write-only stream that counts and digests what passes."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self._sha256 = hashlib.sha256()
+        self.nbytes = 0
+
+    def write(self, data: bytes) -> int:
+        self._sha256.update(data)
+        self.nbytes += len(data)
+        return self._stream.write(data)
+
+    def hexdigest(self) -> str:
+        return self._sha256.hexdigest()
+
+
+class ShardWriter:
+    """Streams images into one tar file, published whole when the block ends::
+
+        with ShardWriter(storage, "train/n01440764-000.tar") as shard:
+            offset = shard.add("n01440764_10026", jpeg, label=0)
+        info = shard.info
+
+    The same images in the same order give the same bytes (times, owners and modes are fixed).
+    """
+
+    def __init__(self, storage: Storage, name: str) -> None:
+        self._storage, self.name = storage, name
+        self.info: ShardInfo
+        self.count = 0
+        self._keys: set[str] = set()
+
+    def __enter__(self) -> ShardWriter:
+        self._context = self._storage.publishing(self.name)
+        self._stream = _Digesting(self._context.__enter__())
+        return self
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes written so far."""
+        return self._stream.nbytes
+
+    def add(self, key: str, image: bytes, label: int) -> int:
+        """Append one image; returns the offset in bytes of its first byte. ``key`` is the name without extension."""
+        # WebDataset splits a member's name at the first dot of its base name.
+        key = key.replace(".", "_")
+        if key in self._keys:
+            raise ValueError(f"two images of shard {self.name} have the name {key!r}")
+        self._keys.add(key)
+        offset = self._member(f"{key}.jpg", image)
+        if label != UNLABELLED:
+            self._member(f"{key}.cls", str(label).encode())
+        self.count += 1
+        return offset
+
+    def _member(self, name: str, data: bytes) -> int:
+        header = tarfile.TarInfo(name)
+        header.size, header.mode = len(data), 0o644
+        self._stream.write(header.tobuf(tarfile.GNU_FORMAT))
+        offset = self._stream.nbytes
+        self._stream.write(data)
+        self._stream.write(bytes(-len(data) % tarfile.BLOCKSIZE))
+        return offset
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self._stream.write(bytes(-(self._stream.nbytes + 1024) % tarfile.RECORDSIZE + 1024))
+        self._context.__exit__(kind, error, traceback)
+        if kind is None:
+            self.info = ShardInfo(self.name, self._stream.nbytes, self.count, self._stream.hexdigest())
+
+
+def write_index(storage: Storage, name: str, columns: Mapping[str, Sequence[Any] | np.ndarray]) -> str:
+    """Publish a per-image index (columns of ``INDEX_SCHEMA``); returns its SHA-256."""
+    table = pa.table({f.name: pa.array(columns[f.name], f.type) for f in INDEX_SCHEMA}, schema=INDEX_SCHEMA)
+    # One uncompressed record batch: a reader maps it into memory and copies nothing.
+    sink = io.BytesIO()
+    with pa.ipc.new_file(sink, INDEX_SCHEMA) as writer:
+        writer.write_table(table.combine_chunks(), max_chunksize=max(1, table.num_rows))
+    data = sink.getvalue()
+    storage.publish(name, data)
+    return sha256_hex(data)
+
+
+# -- reading ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """The images of one split, as arrays of length N (dtypes as in ``INDEX_SCHEMA``), and a reader of their bytes."""
+
+    name: str
+    info: SplitInfo
+    shard: np.ndarray
+    offset: np.ndarray
+    nbytes: np.ndarray
+    width: np.ndarray
+    height: np.ndarray
+    label: np.ndarray
+    decodable: np.ndarray
+    names: pa.Array
+    _reader: _Reader = field(repr=False)
+
+    def __len__(self) -> int:
+        return self.info.count
+
+    def read(self, indices: np.ndarray) -> list[np.ndarray]:
+        """Encoded bytes of the images ``indices`` [n] int64: n arrays [bytes] uint8, in order. Raises OSError."""
+        requests = []
+        for i in indices.tolist():
+            start = int(self.offset[i])
+            requests.append((self.info.shards[self.shard[i]].name, start, start + int(self.nbytes[i])))
+        return [np.frombuffer(data, np.uint8) for data in self._reader.read(requests)]
+
+
+class _Reader:
+    """Ranged reads. Local shards are read with pread: a file truncated underneath is an OSError, not a SIGBUS."""
+
+    max_open_files = 128
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._files: OrderedDict[str, IO[bytes]] = OrderedDict()
+
+    def read(self, requests: Sequence[tuple[str, int, int]]) -> list[bytes]:
+        if not self._storage.is_local:
+            return self._storage.read_ranges(requests)
+        return [self._pread(*request) for request in requests]
+
+    def _pread(self, name: str, start: int, stop: int) -> bytes:
+        file = self._files.get(name)
+        if file is None:
+            file = open(self._storage.path(name), "rb", buffering=0)  # noqa: SIM115 - kept open
+            self._files[name] = file
+            if len(self._files) > self.max_open_files:
+                self._files.popitem(last=False)[1].close()
+        else:
+            self._files.move_to_end(name)
+        data = os.pread(file.fileno(), stop - start, start)
+        if len(data) != stop - start:
+            raise OSError(f"{self._storage.url}/{name} is truncated: prepare the data set again")
+        return data
+
+
+class DataSet:
+    """A prepared data set in storage.
+
+    Raises ValueError where there is none, where it is unfinished, or where manifest and index do not fit together.
+    """
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+        try:
+            data = storage.read("manifest.json")
+        except FileNotFoundError:
+            raise ValueError(
+                f"no prepared data set at {storage.url!r} (no manifest.json): make one with "
+                "python -m data_prep.ilsvrc ARCHIVES --out URL"
+            ) from None
+        except Exception as error:
+            raise ValueError(
+                f"data set {storage.url!r} cannot be read ({type(error).__name__}: {error}): "
+                "check the URL, its permissions and, for an object store, endpoint and credentials"
+            ) from None
+        self.manifest = Manifest.from_bytes(data)
+        self.digest = sha256_hex(data)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.manifest.classes)
+
+    def check_shards(self, name: str) -> None:
+        """Every shard of the split is there with its recorded size (one listing, no reading). Raises ValueError."""
+        info = self._info(name)
+        for shard in info.shards:
+            try:
+                size = self.storage.size_bytes(shard.name)
+            except FileNotFoundError:
+                raise ValueError(f"{self.storage.url}/{shard.name} is missing: prepare the data set again") from None
+            if size != shard.nbytes:
+                raise ValueError(
+                    f"{self.storage.url}/{shard.name} has {size} bytes where the manifest says {shard.nbytes}: "
+                    "prepare the data set again"
+                )
+
+    def statistics(self) -> dict[str, np.ndarray]:
+        """Arrays of ``statistics.safetensors`` (see the head of this module). Raises DigestError, OSError."""
+        from safetensors.numpy import load
+
+        return load(self.storage.read(self.manifest.statistics, self.manifest.statistics_sha256))
+
+    def split(self, name: str) -> Split:
+        """The split ``name``. Raises ValueError where the data set has none, or its index is damaged."""
+        info = self._info(name)
+        local = self.storage.local_path(info.index)
+        try:
+            if local is not None:
+                buffer = pa.memory_map(str(local)).read_buffer()
+                if sha256_hex(memoryview(buffer)) != info.index_sha256:
+                    raise DigestError(f"{local} is damaged: its SHA-256 is not the recorded one")
+            else:
+                buffer = pa.py_buffer(self.storage.read(info.index, info.index_sha256))
+            table = pa.ipc.open_file(buffer).read_all()
+        except (OSError, pa.ArrowInvalid) as error:
+            raise ValueError(f"{error}: prepare the data set again") from None
+        if table.num_rows != info.count or table.schema != INDEX_SCHEMA:
+            raise ValueError(f"{self.storage.url}/{info.index} does not fit its manifest: prepare the data set again")
+        columns = {c: table[c].chunk(0) if info.count else pa.array([], table[c].type) for c in table.column_names}
+        arrays = {c: a.to_numpy() for c, a in columns.items() if c != "name"}
+        return Split(name=name, info=info, names=columns["name"], _reader=_Reader(self.storage), **arrays)
+
+    def _info(self, name: str) -> SplitInfo:
+        if name not in self.manifest.splits:
+            have = ", ".join(self.manifest.splits)
+            raise ValueError(f"data set {self.storage.url!r} has no split {name!r}: it has {have}")
+        return self.manifest.splits[name]
+
+
+def key_of(file_name: str) -> str:
+    """The WebDataset key of a source file: its base name without extension."""
+    return PurePosixPath(file_name).stem
