@@ -128,6 +128,16 @@ class Storage:
         found = [prefix + PurePosixPath(e["name"]).name for e in entries if e["type"] == "file"]
         return sorted(n for n in found if not PurePosixPath(n).name.startswith(".tmp-"))
 
+    def folders(self, name: str) -> Sequence[str]:
+        """Names of the folders directly in sub-folder ``name``, sorted, relative to this storage."""
+        path = self.path(name)
+        self.fs.invalidate_cache(path)
+        try:
+            entries = self.fs.ls(path, detail=True)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return sorted(f"{name}/{PurePosixPath(e['name']).name}" for e in entries if e["type"] == "directory")
+
     # -- writing ------------------------------------------------------------------------------------------------
 
     def publish(self, name: str, data: bytes) -> None:
@@ -196,6 +206,15 @@ class Storage:
         path = self.path(name)
         if self.fs.exists(path):
             self.fs.rm(path, recursive=True)
+
+    def delete_fragments(self, name: str = "") -> None:
+        """Remove what killed writers have left half-written in sub-folder ``name``; no writer may be at work there.
+
+        On an object store there are none to see: an unfinished upload expires by the bucket's own rules.
+        """
+        if self.is_local:
+            for fragment in Path(self.path(name) if name else self.root).glob(".tmp-*"):
+                fragment.unlink(missing_ok=True)
 
     def free_bytes(self) -> int | None:
         """Free space in bytes where the storage is a local disk, else None."""

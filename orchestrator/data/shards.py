@@ -185,7 +185,12 @@ class ShardWriter:
         return self._stream.nbytes
 
     def add(self, key: str, image: bytes, label: int) -> int:
-        """Append one image; returns the offset in bytes of its first byte. ``key`` is the name without extension."""
+        """Append one image; returns the offset in bytes of its first byte. ``key`` is the name without extension.
+
+        Raises ValueError for a key that is there already, or that would unpack to somewhere else.
+        """
+        if key.startswith("/") or {"", ".", ".."} & set(key.split("/")) or not key.isprintable() or "\\" in key:
+            raise ValueError(f"{key!r} is no name for an image of a shard")
         # WebDataset splits a member's name at the first dot of its base name.
         key = key.replace(".", "_")
         if key in self._keys:

@@ -1,0 +1,92 @@
+"""How far a preparation is, and what came of it."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from types import TracebackType
+
+from rich import progress as bars
+from rich.console import Console
+
+from orchestrator.data.shards import Manifest
+from orchestrator.storage import Storage, sha256_hex
+
+_LINE_EVERY_S = 5.0
+_MAX_LISTED = 20
+
+
+class Progress:
+    """A bar on a terminal, else a line every few seconds. Rates count only what this run did."""
+
+    def __init__(self, *, total_bytes: int, done_bytes: int = 0, done_images: int = 0) -> None:
+        self._total, self._start_bytes = total_bytes, done_bytes
+        self._bytes, self._images = done_bytes, done_images
+        self._started_s = self._last_line_s = time.monotonic()
+        self._console = Console()
+        self._bar = bars.Progress(
+            bars.TextColumn("{task.fields[images]:,} images"),
+            bars.BarColumn(),
+            bars.DownloadColumn(),
+            bars.TransferSpeedColumn(),
+            bars.TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=total_bytes, completed=done_bytes, images=done_images)
+
+    def __enter__(self) -> Progress:
+        self._bar.start()
+        if self._start_bytes and not self._console.is_terminal:
+            print(f"going on: {self._images:,} images are done", flush=True)
+        return self
+
+    def advance(self, num_images: int, nbytes: int) -> None:
+        self._images += num_images
+        self._bytes += nbytes
+        self._bar.update(self._task, advance=nbytes, images=self._images)
+        now_s = time.monotonic()
+        if not self._console.is_terminal and now_s - self._last_line_s >= _LINE_EVERY_S:
+            self._last_line_s = now_s
+            rate = (self._bytes - self._start_bytes) / (now_s - self._started_s)
+            left_s = (self._total - self._bytes) / rate if rate else 0
+            percent = 100 * self._bytes / max(1, self._total)
+            print(f"{self._images:,} images, {percent:.1f} %, {rate / 1e6:.1f} MB/s, {left_s:.0f} s left", flush=True)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+
+def print_summary(
+    out: Storage,
+    manifest: Manifest,
+    *,
+    seconds: float,
+    peak_rss_bytes: int,
+    already_finished: bool = False,
+    notes: Sequence[str] = (),
+) -> None:
+    """What the data set holds, where it lies, and what was odd about its images."""
+    if already_finished:
+        print("already finished; nothing was done")
+    for split, info in manifest.splits.items():
+        size = sum(shard.nbytes for shard in info.shards)
+        print(f"{split:6} {info.count:>9,} images {len(info.shards):>5,} shards {size / 1e9:>9.3f} GB")
+    print(f"{len(manifest.classes)} classes")
+    if manifest.odd:
+        # The rare kinds first: an official set has thousands of grayscale images.
+        kinds = Counter(o.what for o in manifest.odd)
+        print("odd images: " + ", ".join(f"{kinds[what]} {what}" for what in sorted(kinds, key=lambda w: kinds[w])))
+        listed = sorted(manifest.odd, key=lambda o: (kinds[o.what], o.what))
+        for o in listed[:_MAX_LISTED]:
+            print(f"  {o.split} {o.name}: {o.what}, {o.done}")
+        if len(listed) > _MAX_LISTED:
+            print(f'  and {len(listed) - _MAX_LISTED} more: see "odd" in manifest.json')
+    for note in notes:
+        print(note)
+    print(f"data set  {out.url}")
+    print(f"digest    {sha256_hex(manifest.to_bytes())}")
+    print(f"time      {seconds:.1f} s; largest process {peak_rss_bytes / 2**20:.0f} MiB")

@@ -1,0 +1,416 @@
+"""Frozen dataclasses of a training job: strict, with a canonical JSON form and a digest that is the identity of a run.
+
+Field comments are the command line's help. A field whose name ends in a unit is in that unit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from dataclasses import dataclass, field, fields
+from enum import Enum
+from typing import Any, get_args, get_origin, get_type_hints
+
+
+class Family(Enum):
+    """The paper's networks, as a job names them."""
+
+    RESNET = "resnet"
+    PLAIN = "plain"
+    VGG = "vgg"
+    CIFAR_RESNET = "cifar_resnet"
+    CIFAR_PLAIN = "cifar_plain"
+
+
+class Shortcut(Enum):
+    """What carries the input past a residual block (section 3.3 of the paper, Table 3)."""
+
+    A = "A"  # identity; zero channels are appended where the size changes: no parameters
+    B = "B"  # identity; projection where the size changes
+    C = "C"  # projection everywhere
+
+
+class StrideOn(Enum):
+    """The convolution of a bottleneck that halves the resolution. Basic blocks: always the first 3×3."""
+
+    CONV1X1 = "conv1x1"  # as res3a_branch2a of the released prototxt
+    CONV3X3 = "conv3x3"  # fb.resnet.torch, torchvision ("v1.5"): about 0.5 % better in top-1, about 5 % slower
+
+
+class Pool(Enum):
+    """The 3×3 maximum with stride 2 after conv1."""
+
+    CAFFE = "caffe"  # no padding, size rounded up: pool1 of the released prototxt
+    PADDED = "padded"  # one pixel of padding, size rounded down: fb.resnet.torch, torchvision
+
+
+class Order(Enum):
+    """How an epoch visits the images."""
+
+    FULL = "full"  # a keyed permutation of the whole set
+    SEQUENTIAL = "sequential"  # as they lie in the shards: to look at data, not to train
+
+
+class CropStyle(Enum):
+    """How a training view is chosen."""
+
+    SCALE_JITTER = "scale_jitter"  # shorter side drawn in [scale_min, scale_max], random crop (the paper, VGG)
+    RANDOM_AREA = "random_area"  # random area and aspect (Inception; today's usual recipe)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What is trained."""
+
+    family: Family = Family.RESNET
+    """resnet or plain (ImageNet), cifar_resnet or cifar_plain (6n+2 layers), vgg"""
+    depth: int = 50
+    """layers: 18, 34, 50, 101, 152; CIFAR 6n+2; VGG 16 or 19"""
+    shortcut: Shortcut | None = None
+    """where the size changes: A zero padding, B projection (the default); C projections everywhere"""
+    stride_on: StrideOn | None = None
+    """which convolution of a bottleneck has stride 2: the paper's 1x1 (the default), or the 3x3 (v1.5)"""
+    pool: Pool | None = None
+    """the first pooling: caffe (no padding, ceil), as the paper, is the default; or padded"""
+    zero_gamma: bool = False
+    """start the last batch norm of every block at zero (Goyal et al. 2017)"""
+
+
+class MeanKind(Enum):
+    """What is subtracted from an image."""
+
+    PIXEL = "pixel"  # the mean image (the paper)
+    CHANNEL = "channel"  # one number a channel
+
+
+@dataclass(frozen=True)
+class InputConfig:
+    """How images become batches."""
+
+    crop_px: int = 224
+    """side of the square the network sees, pixels"""
+    crop_style: CropStyle = CropStyle.SCALE_JITTER
+    """scale_jitter: shorter side drawn, then a random crop (the paper); random_area: random area and aspect"""
+    scale_min_px: int = 256
+    """smallest shorter side of a training image, pixels (scale_jitter)"""
+    scale_max_px: int = 480
+    """largest shorter side of a training image, pixels (scale_jitter)"""
+    area_min: float = 0.08
+    """smallest part of the image's area in a crop (random_area)"""
+    flip: bool = True
+    """mirror half of the training images"""
+    colour_std: float = 0.1
+    """standard deviation of AlexNet's colour augmentation; 0: none"""
+    mean: MeanKind = MeanKind.PIXEL
+    """what is subtracted: the mean image (pixel), or one number a channel"""
+    test_shorter_side_px: int = 256
+    """shorter side of a validation image before its centre crop, pixels"""
+    order: Order = Order.FULL
+    """order of the images in an epoch"""
+    max_undecodable: int = 50
+    """a training set with more undecodable images than this stops the run"""
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """The batch and its batch-norm groups."""
+
+    global_batch_size: int = 256
+    """images in one optimizer step, over all workers"""
+    bn_group_size: int = 32
+    """images whose statistics batch norm shares; the global batch is a whole number of groups"""
+
+
+class PolicyKind(Enum):
+    """How the learning rate falls."""
+
+    PLATEAU = "plateau"
+    STEPS = "steps"
+    COSINE = "cosine"
+    CONSTANT = "constant"
+
+
+class PlateauError(Enum):
+    """Which error is watched for a plateau (top-1, percent)."""
+
+    VALIDATION = "validation"
+    TRAINING = "training"
+
+
+class WarmupKind(Enum):
+    """How training starts."""
+
+    NONE = "none"
+    LINEAR = "linear"  # from warmup_lr to lr in warmup_steps
+    UNTIL_ERROR = "until_error"  # warmup_lr until the training error is below warmup_error_percent
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Length of the run and its learning rate."""
+
+    max_steps: int = 600_000
+    """optimizer steps after which training ends (the paper: 60e4)"""
+    max_epochs: float = 0.0
+    """epochs after which training ends, if sooner; 0: no limit"""
+    lr: float = 0.1
+    """learning rate for the whole global batch"""
+    policy: PolicyKind = PolicyKind.PLATEAU
+    """plateau: divide when the error stalls (the paper); steps; cosine; constant"""
+    lr_factor: float = 0.1
+    """the learning rate is multiplied by this at every drop (plateau, steps)"""
+    plateau_error: PlateauError = PlateauError.VALIDATION
+    """which top-1 error is watched; it is looked at after every validation"""
+    plateau_window: int = 5
+    """validations without improvement after which the learning rate drops"""
+    plateau_threshold_percent: float = 0.1
+    """points of error by which a validation must beat the best one before to count as an improvement"""
+    plateau_min_steps: int = 0
+    """least optimizer steps between two drops, and before the first"""
+    plateau_max_drops: int = 3
+    """number of drops"""
+    plateau_stop: bool = False
+    """end training at the plateau that follows the last drop"""
+    drop_steps: tuple[int, ...] = ()
+    """optimizer steps at which the learning rate drops (steps)"""
+    warmup: WarmupKind = WarmupKind.NONE
+    """none; linear; until_error: warmup_lr until the training error is below a bound"""
+    warmup_lr: float = 0.01
+    """learning rate at the start of the warm-up"""
+    warmup_steps: int = 0
+    """length of a linear warm-up, optimizer steps"""
+    warmup_error_percent: float = 80.0
+    """training top-1 error, over log_every_steps, that ends an until_error warm-up, percent"""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Stochastic gradient descent."""
+
+    momentum: float = 0.9
+    """momentum"""
+    weight_decay: float = 1e-4
+    """weight decay (L2), in the gradient"""
+    decay_batch_norm: bool = True
+    """weight decay on batch norm's scale and shift and on biases too (the paper's Caffe)"""
+    caffe_momentum: bool = True
+    """the momentum keeps its length when the learning rate changes (Caffe) instead of shrinking with it (PyTorch)"""
+
+
+class Precision(Enum):
+    """Arithmetic of the forward and backward pass."""
+
+    AUTO = "auto"  # bf16 on a GPU that has it, else fp32
+    FP32 = "fp32"
+    BF16 = "bf16"
+
+
+@dataclass(frozen=True)
+class NumericsConfig:
+    """Arithmetic."""
+
+    precision: Precision = Precision.AUTO
+    """auto: bf16 autocast on a GPU, fp32 on CPU"""
+    deterministic: bool = False
+    """on a GPU: kernels and decoder settings that give the same bits every time (slower); a CPU always does"""
+    hw_decoder_share: float = 0.65
+    """part of a batch that the GPU's JPEG engine decodes; it alters pixels slightly, so it is part of the run"""
+
+
+@dataclass(frozen=True)
+class RhythmConfig:
+    """When things are measured and saved."""
+
+    log_every_steps: int = 100
+    """steps between two training measurements"""
+    validate_every_epochs: float = 1.0
+    """epochs between two validations; one follows the last step in any case"""
+    validation_batch_size: int = 100
+    """images in a validation batch on one worker"""
+    checkpoint_every_steps: int = 1000
+    """steps between two checkpoints; every validation makes one too"""
+    keep_last: int = 2
+    """newest checkpoints that are kept (the best one is kept beside them)"""
+
+
+@dataclass(frozen=True)
+class PlacementConfig:
+    """Where the run computes. None of this is part of the run's identity: it may change at every restart."""
+
+    num_workers: int = 0
+    """worker processes, one a GPU or some CPUs each; 0: all GPUs of the cluster, or all its CPUs"""
+    cpus_per_worker: int = 0
+    """CPU threads of a worker; 0: what the node has, shared among its GPUs (on CPU: 1)"""
+    use_gpu: bool | None = None
+    """None: where the cluster has one"""
+    ray_address: str = ""
+    """Ray cluster to join; empty: RAY_ADDRESS, else a local one is started"""
+    max_failures: int = 100
+    """restarts of the worker group before the run gives up"""
+    prefetch_batches: int = 2
+    """batches that the input side works ahead"""
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """MLflow. None of this is part of the run's identity."""
+
+    uri: str = ""
+    """tracking store; empty: MLFLOW_TRACKING_URI, else SQLite in the current folder"""
+    experiment: str = "imagenet"
+    """MLflow experiment"""
+    wait_s: float = 60.0
+    """seconds that a finished run waits for a slow store before it leaves the rest to the next start"""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run."""
+
+    data: str = ""
+    """URL of the prepared data set (python -m data_prep.ilsvrc …); empty: IMAGENET_DATA"""
+    storage: str = ""
+    """URL of the folder that holds all runs; empty: IMAGENET_STORAGE"""
+    name: str = ""
+    """name of the run, a folder inside storage; empty: the recipe's"""
+    recipe: str = ""
+    """name of the recipe this was derived from: a label"""
+    seed: int = 0
+    """of the weights, the order and the augmentation"""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    input: InputConfig = field(default_factory=InputConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    numerics: NumericsConfig = field(default_factory=NumericsConfig)
+    rhythm: RhythmConfig = field(default_factory=RhythmConfig)
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, enums by value."""
+        return typing.cast(dict[str, Any], _plain(self))
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> TrainConfig:
+        """Inverse of ``to_json``. Raises ValueError for an unknown, missing or ill-typed field."""
+        return typing.cast(TrainConfig, _read(TrainConfig, data, "config"))
+
+    def identity(self) -> dict[str, Any]:
+        """What makes two runs the same run: everything but where it computes, where it is stored and recorded.
+
+        The data set enters with its digest, when the run starts.
+        """
+        plain = self.to_json()
+        for key in ("data", "storage", "name", "placement", "tracking"):
+            del plain[key]
+        return plain
+
+
+def digest(plain: dict[str, Any]) -> str:
+    """SHA-256, 64 hexadecimal digits, of the canonical JSON form of plain data."""
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Fields that differ, one line each: ``schedule.lr: 0.1 → 0.2``."""
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            lines.append(f"{prefix}{key}: {json.dumps(a)} → {json.dumps(b)}")
+    return lines
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, tuple):
+        return [_plain(v) for v in value]
+    return value
+
+
+def _read(kind: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise ValueError(f"{where}: an object is expected, not {value!r}")
+        hints = get_type_hints(kind)
+        unknown = value.keys() - hints.keys()
+        missing = hints.keys() - value.keys()
+        if unknown or missing:
+            raise ValueError(f"{where}: unknown fields {sorted(unknown)}, missing fields {sorted(missing)}")
+        return typing.cast(Any, kind)(**{k: _read(hints[k], v, f"{where}.{k}") for k, v in value.items()})
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return kind(value)
+    if get_origin(kind) is tuple:
+        return tuple(_read(get_args(kind)[0], v, where) for v in value)
+    if get_origin(kind) in (types.UnionType, typing.Union):
+        return None if value is None else _read(next(a for a in get_args(kind) if a is not type(None)), value, where)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+        raise ValueError(f"{where}: {value!r} is no {kind.__name__}")
+    return value
+
+
+def _check(config: TrainConfig) -> None:
+    """What can be known to be wrong without looking at data or cluster. Raises ValueError."""
+    b, s, r, i, o = config.batch, config.schedule, config.rhythm, config.input, config.optimizer
+    wrong = []
+    if b.bn_group_size < 1 or b.global_batch_size < 1 or b.global_batch_size % b.bn_group_size:
+        wrong.append(
+            f"batch.global_batch_size {b.global_batch_size} is no whole number of groups of "
+            f"batch.bn_group_size {b.bn_group_size}"
+        )
+    positive = {
+        "model.depth": config.model.depth,
+        "schedule.max_steps": s.max_steps,
+        "schedule.lr": s.lr,
+        "schedule.plateau_window": s.plateau_window,
+        "rhythm.log_every_steps": r.log_every_steps,
+        "rhythm.validate_every_epochs": r.validate_every_epochs,
+        "rhythm.validation_batch_size": r.validation_batch_size,
+        "rhythm.checkpoint_every_steps": r.checkpoint_every_steps,
+        "rhythm.keep_last": r.keep_last,
+        "placement.prefetch_batches": config.placement.prefetch_batches,
+    }
+    wrong += [f"{name} must be positive, not {value}" for name, value in positive.items() if not value > 0]
+    not_negative = {
+        "schedule.max_epochs": s.max_epochs,
+        "schedule.plateau_max_drops": s.plateau_max_drops,
+        "schedule.warmup_steps": s.warmup_steps,
+        "optimizer.weight_decay": o.weight_decay,
+        "input.colour_std": i.colour_std,
+        "input.max_undecodable": i.max_undecodable,
+        "placement.num_workers": config.placement.num_workers,
+        "placement.cpus_per_worker": config.placement.cpus_per_worker,
+        "placement.max_failures": config.placement.max_failures,
+    }
+    wrong += [f"{name} must not be negative, not {value}" for name, value in not_negative.items() if value < 0]
+    if not 0 <= o.momentum < 1:
+        wrong.append(f"optimizer.momentum must be in [0, 1), not {o.momentum}")
+    if not 0 < s.lr_factor < 1:
+        wrong.append(f"schedule.lr_factor must be in (0, 1), not {s.lr_factor}")
+    if not 0 <= config.numerics.hw_decoder_share <= 1:
+        wrong.append(f"numerics.hw_decoder_share must be in [0, 1], not {config.numerics.hw_decoder_share}")
+    if s.policy is PolicyKind.STEPS and list(s.drop_steps) != sorted(set(s.drop_steps)):
+        wrong.append(f"schedule.drop_steps must rise, not {s.drop_steps}")
+    if s.policy is PolicyKind.STEPS and not s.drop_steps:
+        wrong.append("schedule.policy steps needs schedule.drop_steps")
+    if s.warmup is WarmupKind.LINEAR and s.warmup_steps < 1:
+        wrong.append("schedule.warmup linear needs schedule.warmup_steps")
+    if config.name and (config.name.startswith(".") or "/" in config.name or "\\" in config.name):
+        wrong.append(f"name {config.name!r} must be a plain folder name")
+    if wrong:
+        raise ValueError("; ".join(wrong))

@@ -1,0 +1,287 @@
+"""One training run on Ray: check, place the workers, restart them, report.
+
+Ray places processes and owns no state: its storage path is a fresh folder per attempt that nobody reads back. What a
+run remembers is in our storage, so every process may be killed at any line and the same call made again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+from orchestrator.config import TrainConfig, differences, digest
+from orchestrator.data.shards import DataSet
+from orchestrator.ray_session import Cluster, ray_session
+from orchestrator.storage import Storage
+from orchestrator.training.trainer import Event, Outcome, build_model, finished, train, views_of
+from orchestrator.training.checkpoint import next_attempt
+from orchestrator.world import World, share_of
+
+Listener = Callable[[Event], None]
+_POLL_S = 0.25
+
+
+class RunFailed(RuntimeError):
+    """A run stopped before its end for another reason than the user's input. What was saved is kept."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Workers of a run: their number, and what each is given."""
+
+    num_workers: int
+    cpus_per_worker: int
+    use_gpu: bool
+
+
+def check(config: TrainConfig) -> DataSet:
+    """Everything that can be known before anything is taken or written. Raises ValueError, saying what to do."""
+    for field, value, variable in (
+        ("--data", config.data, "IMAGENET_DATA"),
+        ("--storage", config.storage, "IMAGENET_STORAGE"),
+    ):
+        if not value:
+            raise ValueError(f"{field} is missing: give {field} URL or set {variable}")
+    if not config.name:
+        raise ValueError("--name is missing: give the run a name")
+    import torch
+
+    storage = Storage(config.storage)
+    data = DataSet(Storage(config.data))
+    for split in ("train", "val"):
+        data.check_shards(split)
+        if not len(data.split(split)):
+            raise ValueError(f"the {split} split of {config.data!r} is empty: prepare the data set again")
+    views_of(config, data)
+    with torch.device("meta"):
+        model = build_model(config, data.num_classes)
+    if config.placement.num_workers:
+        batch = config.batch
+        share_of(0, config.placement.num_workers, batch.global_batch_size, batch.bn_group_size)
+    # Weights and momentum in fp32, for every checkpoint that is kept and the one being written.
+    needed = 8 * sum(p.numel() for p in model.parameters()) * (config.rhythm.keep_last + 2)
+    free = storage.free_bytes()
+    if free is not None and free < needed:
+        raise ValueError(
+            f"storage {config.storage!r} has {free / 1e9:.2f} GB free where the checkpoints of this run need "
+            f"{needed / 1e9:.2f} GB: make room, give another --storage, or lower --rhythm.keep-last"
+        )
+    _check_identity(storage.sub(config.name), config, data)
+    return data
+
+
+def place(config: TrainConfig, cluster: Cluster) -> Placement:
+    """Workers for this cluster. Raises ValueError where a fixed-size cluster has too few CPUs or GPUs."""
+    p, batch = config.placement, config.batch
+    use_gpu = cluster.gpus > 0 if p.use_gpu is None else p.use_gpu
+    slots = cluster.gpus if use_gpu else cluster.cpus // max(1, p.cpus_per_worker)
+    kind = "GPUs" if use_gpu else "CPUs"
+    if p.num_workers > slots:
+        have = cluster.gpus if use_gpu else cluster.cpus
+        raise ValueError(
+            f"{p.num_workers} workers need more {kind} than the cluster's {have}: lower --placement.num-workers "
+            "(0 takes what is there)"
+        )
+    if slots < 1:
+        raise ValueError(f"the cluster has no {kind} for a worker: start one with some, or change --placement.use-gpu")
+    num_workers = p.num_workers or max(
+        n for n in range(1, slots + 1) if _can_share(n, batch.global_batch_size, batch.bn_group_size)
+    )
+    share_of(0, num_workers, batch.global_batch_size, batch.bn_group_size)
+    cpus = p.cpus_per_worker
+    if not cpus and use_gpu:
+        cpus = max(1, min(node.cpus // node.gpus for node in cluster.nodes if node.gpus))
+    return Placement(num_workers, cpus or max(1, cluster.cpus // num_workers), use_gpu)
+
+
+def run_job(config: TrainConfig, listen: Listener) -> Outcome:
+    """Train ``config`` to the end on Ray; goes on from where the run stands, and returns at once if it is finished.
+
+    ``listen`` takes the events of the run (``trainer.train``) in a thread of this process. Raises ValueError for what
+    the user must mend, RunFailed where the run could not be finished.
+    """
+    data = check(config)
+    run = Storage(config.storage).sub(config.name)
+    done = finished(run)
+    if done is not None:
+        return done
+    with ray_session(config.placement.ray_address) as cluster:
+        placement = place(config, cluster)
+        run.check_writable()
+        run.create("config.json", _identity_bytes(config, data))
+        _check_identity(run, config, data)
+        attempt = next_attempt(run, {"host": socket.gethostname(), "pid": os.getpid(), "time_s": int(time.time())})
+        listen({"kind": "placed", "workers": placement.num_workers, "gpu": placement.use_gpu, "attempt": attempt})
+        # Workers have other environments than the driver: what they need travels in the config.
+        return _fit(replace(config, placement=replace(config.placement)), placement, run, attempt, listen)
+
+
+def _fit(config: TrainConfig, placement: Placement, run: Storage, attempt: int, listen: Listener) -> Outcome:
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    mailbox = ray.remote(num_cpus=0, max_concurrency=4)(Mailbox).options(scheduling_strategy=here).remote()
+    resources: dict[str, float] = {"CPU": placement.cpus_per_worker}
+    if placement.use_gpu:
+        resources["GPU"] = 1
+    ray_folder = f"ray/{attempt:06d}"
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={
+            "config": config.to_json(),
+            "attempt": attempt,
+            "cpus": placement.cpus_per_worker,
+            "mailbox": mailbox,
+        },
+        scaling_config=ScalingConfig(
+            num_workers=placement.num_workers, use_gpu=placement.use_gpu, resources_per_worker=resources
+        ),
+        torch_config=TorchConfig(timeout_s=600),
+        run_config=RunConfig(
+            name=f"{attempt:06d}",
+            **_ray_storage(run.sub("ray")),
+            failure_config=FailureConfig(
+                max_failures=config.placement.max_failures,
+                controller_failure_limit=3,  # a fixed-size group that lost a node would else wait for ever
+            ),
+        ),
+    )
+    stop = threading.Event()
+
+    def forward() -> None:
+        while True:
+            last_round = stop.is_set()
+            with suppress(ray.exceptions.RayError):
+                for event in ray.get(mailbox.take.remote(), timeout=10):
+                    listen(event)
+            if last_round:
+                return
+            stop.wait(_POLL_S)
+
+    listener = threading.Thread(target=forward, name="events", daemon=True)
+    listener.start()
+    failure: Exception | None = None
+    try:
+        trainer.fit()
+    except Exception as error:  # Ray wraps whatever a worker raised in types of its own
+        failure = error
+    finally:
+        stop.set()
+        listener.join(timeout=15)
+        with suppress(OSError):
+            run.delete(ray_folder)
+    refusal = ray.get(mailbox.refusal.remote())
+    if refusal is not None:
+        raise ValueError(refusal)
+    outcome = finished(run)
+    if outcome is None:
+        raise RunFailed(
+            f"run {config.name!r} stopped before its end"
+            + (f" ({_cause(failure)})" if failure else "")
+            + "; its checkpoints are kept: the same command goes on from the newest"
+        ) from failure
+    return outcome
+
+
+class Mailbox:
+    """The actor between rank 0 and the driver: events one way, the refusal to go on the other."""
+
+    def __init__(self) -> None:
+        self._events: list[Event] = []
+        self._refusal: str | None = None
+
+    def put(self, events: list[Event]) -> None:
+        self._events += events
+
+    def take(self) -> list[Event]:
+        events, self._events = self._events, []
+        return events
+
+    def refuse(self, reason: str) -> None:
+        self._refusal = self._refusal or reason
+
+    def refusal(self) -> str | None:
+        return self._refusal
+
+
+def _work(settings: dict[str, Any]) -> None:
+    """A worker of the group that Ray Train has made."""
+    import ray
+    from ray.train.torch import get_device
+
+    mailbox = settings["mailbox"]
+    if ray.get(mailbox.refusal.remote()) is not None:
+        return  # restarted after the user's mistake was found: trying again would find it again
+    config = TrainConfig.from_json(settings["config"])
+    device = get_device() if config.placement.use_gpu is not False else "cpu"
+    world = World.from_process_group(device)
+    try:
+        train(
+            config,
+            world,
+            attempt=settings["attempt"],
+            cpus=settings["cpus"],
+            emit=lambda event: mailbox.put.remote([event]),
+        )
+    except ValueError as error:
+        ray.get(mailbox.refuse.remote(str(error)))
+        raise
+
+
+# -- identity -------------------------------------------------------------------------------------------------------
+
+
+def _identity_bytes(config: TrainConfig, data: DataSet) -> bytes:
+    identity = config.identity() | {"data_sha256": data.digest}
+    return json.dumps({"sha256": digest(identity), "identity": identity}, indent=1, sort_keys=True).encode()
+
+
+def _check_identity(run: Storage, config: TrainConfig, data: DataSet) -> None:
+    """Refuse a changed config, or other data, under the name of an old run."""
+    try:
+        old = json.loads(run.read("config.json"))["identity"]
+    except FileNotFoundError:
+        return
+    except (ValueError, KeyError):
+        raise ValueError(f"{run.url}/config.json is damaged: restore it, or choose another --name") from None
+    new = json.loads(_identity_bytes(config, data))["identity"]
+    changed = differences(old, new)
+    if changed:
+        raise ValueError(
+            f"run {config.name!r} exists with another config (old → new): {'; '.join(changed)}. "
+            "Use the old values to go on with it, or choose another --name"
+        )
+
+
+def _can_share(num_workers: int, global_batch_size: int, bn_group_size: int) -> bool:
+    try:
+        share_of(0, num_workers, global_batch_size, bn_group_size)
+    except ValueError:
+        return False
+    return True
+
+
+def _ray_storage(folder: Storage) -> dict[str, Any]:
+    """Ray's arguments for a folder of ours."""
+    if folder.is_local:
+        return {"storage_path": folder.root}
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    return {"storage_path": folder.root, "storage_filesystem": PyFileSystem(FSSpecHandler(folder.fs))}
+
+
+def _cause(error: Exception) -> str:
+    """The last line of a worker's error: Ray's text holds whole tracebacks."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else type(error).__name__

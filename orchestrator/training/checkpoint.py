@@ -1,0 +1,195 @@
+"""Save, newest verified, restore. Ours is the only checkpoint.
+
+A checkpoint is published in two phases: its files in a folder of their own, then one commit record that names them with
+their SHA-256. A reader goes from the newest record to older ones until every digest is right::
+
+    checkpoints/000000400.json                   the commit record: a folder without one does not exist
+    checkpoints/000000400-a000001/tensors.safetensors    model/… and momentum/…
+    checkpoints/000000400-a000001/state.json             step, policy, meters, learning rate
+    checkpoints/000000400-a000001/journal.jsonl          every event up to this step
+    attempts/000001.json                         one a start of the run, created exclusively
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+from orchestrator.storage import DigestError, Storage, sha256_hex
+
+
+class SupersededError(RuntimeError):
+    """Another driver has started the same run: this one must not write any more."""
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file of a checkpoint: size in bytes and SHA-256."""
+
+    nbytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class CommitRecord:
+    """What makes a checkpoint exist. ``validation_top1_error`` in percent, where it followed a validation."""
+
+    step: int
+    attempt: int
+    folder: str
+    files: dict[str, FileRecord]
+    validation_top1_error: float | None = None
+
+    def to_bytes(self) -> bytes:
+        return json.dumps(asdict(self), indent=1, sort_keys=True).encode()
+
+    @staticmethod
+    def from_bytes(data: bytes) -> CommitRecord:
+        raw = json.loads(data)
+        raw["files"] = {name: FileRecord(**f) for name, f in raw["files"].items()}
+        return CommitRecord(**raw)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The whole state of a run after ``step`` optimizer steps, in host memory.
+
+    tensors: model/<name> and momentum/<name>; state: plain data; journal: the events so far.
+    """
+
+    step: int
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+    journal: list[dict[str, Any]]
+    validation_top1_error: float | None = None
+
+
+def next_attempt(run: Storage, who: dict[str, Any]) -> int:
+    """Number of this start of the run, taken exclusively. The highest number owns the run."""
+    number = newest_attempt(run) + 1
+    while not run.create(f"attempts/{number:06d}.json", json.dumps(who).encode()):
+        number += 1
+    return number
+
+
+def newest_attempt(run: Storage) -> int:
+    """The highest attempt so far, 0 before the first."""
+    names = run.list("attempts")
+    return int(PurePosixPath(names[-1]).stem) if names else 0
+
+
+class Checkpoints:
+    """The checkpoints of one run in storage. One writer: rank 0 of the newest attempt."""
+
+    def __init__(self, run: Storage, *, attempt: int, keep_last: int, notice: Callable[[str], None]) -> None:
+        self._run, self._attempt, self._keep_last, self._notice = run, attempt, keep_last, notice
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[CommitRecord] | None = None
+
+    # -- reading ------------------------------------------------------------------------------------------------
+
+    def records(self) -> list[CommitRecord]:
+        """Readable commit records, oldest first."""
+        found = []
+        for name in self._run.list("checkpoints"):
+            try:
+                found.append(CommitRecord.from_bytes(self._run.read(name)))
+            except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
+                self._notice(f"checkpoint record {name} cannot be read ({error!r}): passed over")
+        return sorted(found, key=lambda r: r.step)
+
+    def best(self) -> CommitRecord | None:
+        """The checkpoint with the lowest validation error, the earliest of equals."""
+        measured = [r for r in self.records() if r.validation_top1_error is not None]
+        return min(measured, key=lambda r: (r.validation_top1_error, r.step), default=None)
+
+    def newest(self) -> Snapshot | None:
+        """The newest checkpoint whose every digest is right; None where there is none."""
+        for record in reversed(self.records()):
+            try:
+                return self.load(record)
+            except (OSError, ValueError, safetensors.SafetensorError) as error:
+                self._notice(f"checkpoint of step {record.step} is not usable ({error}): going back to the one before")
+        return None
+
+    def load(self, record: CommitRecord) -> Snapshot:
+        """Read and verify one checkpoint. Raises DigestError, OSError, ValueError."""
+        data = {name: self._run.read(f"{record.folder}/{name}", f.sha256) for name, f in record.files.items()}
+        if not {"tensors.safetensors", "state.json", "journal.jsonl"} <= data.keys():
+            raise DigestError("its commit record names too few files")
+        return Snapshot(
+            step=record.step,
+            tensors=safetensors.torch.load(data["tensors.safetensors"]),
+            state=json.loads(data["state.json"]),
+            journal=[json.loads(line) for line in data["journal.jsonl"].splitlines()],
+            validation_top1_error=record.validation_top1_error,
+        )
+
+    # -- writing ------------------------------------------------------------------------------------------------
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Publish in the background. Waits only where the one before is still on its way; raises what that raised."""
+        self.wait()
+        self._pending = self._thread.submit(self._publish, snapshot)
+
+    def wait(self) -> None:
+        """Until what was saved is durable. Raises OSError where it could not be, SupersededError where it may not."""
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
+
+    def _publish(self, snapshot: Snapshot) -> CommitRecord:
+        self._check_ownership()
+        folder = f"checkpoints/{snapshot.step:09d}-a{self._attempt:06d}"
+        contents = {
+            "tensors.safetensors": safetensors.torch.save(snapshot.tensors),
+            "state.json": json.dumps(snapshot.state, sort_keys=True).encode(),
+            "journal.jsonl": "".join(json.dumps(e, sort_keys=True) + "\n" for e in snapshot.journal).encode(),
+        }
+        files = {}
+        for name, data in contents.items():
+            self._run.publish(f"{folder}/{name}", data)
+            files[name] = FileRecord(len(data), sha256_hex(data))
+        record = CommitRecord(snapshot.step, self._attempt, folder, files, snapshot.validation_top1_error)
+        self._check_ownership()
+        self._run.publish(f"checkpoints/{snapshot.step:09d}.json", record.to_bytes())
+        self._collect()
+        return record
+
+    def _check_ownership(self) -> None:
+        newest = newest_attempt(self._run)
+        if newest > self._attempt:
+            raise SupersededError(
+                f"run {self._run.url} was started again (attempt {newest}); this is attempt {self._attempt}: "
+                "it stops here and has written nothing since"
+            )
+
+    def collect_orphans(self) -> None:
+        """Delete what interrupted uploads of earlier attempts have left. For the one writer, before it writes."""
+        known = {r.folder for r in self.records()}
+        for folder in self._run.folders("checkpoints"):
+            if folder not in known:
+                self._run.delete(folder)
+
+    def _collect(self) -> None:
+        """Delete all but the newest and the best. The record goes first: what has none does not exist."""
+        records, best = self.records(), self.best()
+        keep = {r.step for r in records[-self._keep_last :]} | ({best.step} if best else set())
+        for record in records:
+            if record.step not in keep:
+                self._run.delete(f"checkpoints/{record.step:09d}.json")
+                self._run.delete(record.folder)
+
+    def close(self) -> None:
+        """Wait and stop the thread."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown(wait=True)

@@ -1,0 +1,87 @@
+"""Mergeable sums and counts of a classification task, kept on the device.
+
+All sums are integers (the loss in units of 2**-24), so that they are the same in any order, at any number of workers
+and however often a run was interrupted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_LOSS_UNIT = 2.0**24
+_MAX_LOSS = 2.0**16
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over images: their number, loss in units of 2**-24, wrong at top-1 and top-5, losses that are not finite."""
+
+    images: int = 0
+    loss_units: int = 0
+    wrong_top1: int = 0
+    wrong_top5: int = 0
+    not_finite: int = 0
+
+    def __add__(self, other: Totals) -> Totals:
+        return Totals(*(a + b for a, b in zip(self.as_list(), other.as_list(), strict=True)))
+
+    def as_list(self) -> list[int]:
+        return [self.images, self.loss_units, self.wrong_top1, self.wrong_top5, self.not_finite]
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy, nats."""
+        return self.loss_units / _LOSS_UNIT / max(1, self.images)
+
+    @property
+    def top1_error(self) -> float:
+        """Percent."""
+        return 100.0 * self.wrong_top1 / max(1, self.images)
+
+    @property
+    def top5_error(self) -> float:
+        """Percent."""
+        return 100.0 * self.wrong_top5 / max(1, self.images)
+
+
+class Meter:
+    """Adds up on ``device`` without waiting for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(5, dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def add(self, logits: Tensor, labels: Tensor, losses: Tensor, weight: Tensor | None = None) -> None:
+        """logits [N, K] float, labels [N] int64, losses [N] float; weight [N] int64 of 0 and 1 leaves images out."""
+        own = logits.gather(1, labels.clamp_min(0).unsqueeze(1))
+        # The place of the label among the scores; a tie counts for the smaller label, a NaN as wrong.
+        classes = torch.arange(logits.shape[1], device=logits.device)
+        before = (logits > own) | ((logits == own) & (classes < labels.unsqueeze(1)))
+        place = before.sum(1)
+        finite = own.squeeze(1).isfinite() & losses.isfinite()
+        units = (losses.double().nan_to_num(0, 0, 0).clamp(0, _MAX_LOSS) * _LOSS_UNIT).round().to(torch.int64)
+        rows = torch.stack(
+            [torch.ones_like(place), units, ((place >= 1) | ~finite), ((place >= 5) | ~finite), ~finite]
+        ).to(torch.int64)
+        self.sums += (rows if weight is None else rows * weight).sum(1)
+
+    def add_wrong(self, count: int) -> None:
+        """Images that could not be looked at: wrong, with no loss."""
+        self.sums[[0, 2, 3]] += count
+
+    def take(self, reduce: Callable[[Tensor], object]) -> Totals:
+        """Totals over all ranks, then from zero again. ``reduce`` sums over ranks in place. Waits for the device."""
+        reduce(self.sums)
+        totals = Totals(*self.sums.tolist())
+        self.sums.zero_()
+        return totals
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of each image in fp32: logits [N, K], labels [N] int64 → [N] float32, nats."""
+    return F.cross_entropy(logits.float(), labels, reduction="none")

@@ -1,0 +1,174 @@
+"""Rank, device, reductions and who computes what. The only door to torch.distributed.
+
+The trainer runs from a World in a plain process group; Ray Train, torchrun and tests are thin callers that make one.
+"""
+
+import datetime
+import inspect
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one worker does of every global batch.
+
+    Group numbers [first_group, first_group + num_groups), each of ``images_per_group`` images on this worker, starting
+    at image ``first_image`` of the group. ``sharers`` workers share a group (1: every worker has whole groups).
+    """
+
+    first_group: int
+    num_groups: int
+    images_per_group: int
+    first_image: int
+    sharers: int
+
+    def positions(self, step: int, global_batch_size: int, bn_group_size: int) -> np.ndarray:
+        """Stream positions [num_groups · images_per_group] int64 of this worker's images in ``step``."""
+        groups = np.arange(self.first_group, self.first_group + self.num_groups)[:, None]
+        images = np.arange(self.first_image, self.first_image + self.images_per_group)[None, :]
+        return (step * global_batch_size + groups * bn_group_size + images).reshape(-1)
+
+
+def share_of(rank: int, size: int, global_batch_size: int, bn_group_size: int) -> Share:
+    """Deal the batch-norm groups out. Raises ValueError where ``size`` workers cannot share them."""
+    groups = global_batch_size // bn_group_size
+    if size <= groups:
+        each, rest = divmod(groups, size)
+        first = rank * each + min(rank, rest)
+        return Share(first, each + (rank < rest), bn_group_size, 0, 1)
+    sharers = size // groups
+    if size % groups or bn_group_size % sharers:
+        raise ValueError(
+            f"{size} workers cannot share {groups} batch-norm groups of {bn_group_size} images: "
+            f"take up to {groups} workers, or a multiple of {groups} that divides every group evenly"
+        )
+    images = bn_group_size // sharers
+    return Share(rank // sharers, 1, images, rank % sharers * images, sharers)
+
+
+class World:
+    """The processes of one training run, seen from one of them.
+
+    rank: this process, 0 … size − 1; device: where it computes.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, device: torch.device | str = "cpu") -> None:
+        self.rank, self.size, self.device = rank, size, torch.device(device)
+
+    @staticmethod
+    def from_process_group(device: torch.device | str = "cpu") -> "World":
+        """The world of the default process group that the caller has initialized (Ray Train does)."""
+        return World(dist.get_rank(), dist.get_world_size(), device)
+
+    @staticmethod
+    def from_environment(timeout_s: float = 600.0) -> "World":
+        """Join the process group that torchrun's variables describe; a world of one where there are none."""
+        use_gpu = torch.cuda.is_available()
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if use_gpu else torch.device("cpu")
+        if use_gpu:
+            torch.cuda.set_device(device)
+        if "RANK" not in os.environ:
+            return World(device=device)
+        dist.init_process_group("nccl" if use_gpu else "gloo", timeout=datetime.timedelta(seconds=timeout_s))
+        return World.from_process_group(device)
+
+    def leave(self) -> None:
+        """End the process group, if there is one."""
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Sum over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def agree(self, flag: bool) -> bool:
+        """True on every rank where ``flag`` is true on rank 0."""
+        if self.size == 1:
+            return flag
+        tensor = torch.tensor([int(flag)], device=self.device)
+        dist.broadcast(tensor, 0)
+        return bool(tensor.item())
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.size > 1:
+            self.sum_(torch.zeros(1, device=self.device))
+
+    def group_sum(self, sharers: int) -> Callable[[Tensor], Tensor] | None:
+        """A differentiable sum over the ``sharers`` ranks that share this rank's batch-norm group; None for one.
+
+        Collective: every rank must call it.
+        """
+        if sharers == 1:
+            return None
+        mine: dist.ProcessGroup | None = None
+        for first in range(0, self.size, sharers):
+            group = dist.new_group(list(range(first, first + sharers)))
+            if first <= self.rank < first + sharers:
+                mine = group
+        return lambda tensor: _GroupSum.apply(tensor, mine)
+
+    @contextmanager
+    def reducing(self, model: nn.Module, now: bool) -> Iterator[None]:
+        """Backward passes inside reduce gradients over all ranks if ``now``, else only add them up locally."""
+        if now or not isinstance(model, DistributedDataParallel):
+            yield
+        else:
+            with model.no_sync():
+                yield
+
+    def distribute(self, model: nn.Module) -> nn.Module:
+        """``model`` with gradients summed (not averaged) over all ranks during backward."""
+        if self.size == 1:
+            return model
+        # The running statistics are reduced once a step, over all groups. torch 2.13 renamed the option.
+        renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+        no_sync = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+        parallel = DistributedDataParallel(
+            model,
+            device_ids=[self.device] if self.device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+            **no_sync,
+        )
+        parallel.register_comm_hook(None, _sum_gradients)
+        return parallel
+
+
+class _GroupSum(torch.autograd.Function):
+    """Sum over a process group; its gradient is the sum of the gradients, since every rank's loss counts."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        tensor = tensor.clone()
+        dist.all_reduce(tensor, group=group)
+        return tensor
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        gradient = gradients[0].clone()
+        dist.all_reduce(gradient, group=ctx.group)
+        return gradient, None
+
+
+def _sum_gradients(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """DDP divides by the number of ranks; here the loss is already scaled by the global batch."""
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    assert work is not None
+    return work.get_future().then(lambda done: done.value()[0])
