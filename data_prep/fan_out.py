@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import queue
 import resource
 import secrets
+import socket
 import sys
 import tempfile
 import threading
@@ -37,7 +39,7 @@ def ray_session(address: str | None = None, num_cpus: int | None = None) -> Iter
                 # Else ray.init makes one that the whole machine can read. A cluster that is joined has its own.
                 settings["RAY_AUTH_TOKEN_PATH"] = f"{folder}/token"
                 with os.fdopen(os.open(f"{folder}/token", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
-                    stream.write(secrets.token_hex(32))
+                    stream.write(_token())
         before = {name: os.environ.get(name) for name in settings}
         os.environ.update(settings)
         try:
@@ -47,6 +49,8 @@ def ray_session(address: str | None = None, num_cpus: int | None = None) -> Iter
             if ray.is_initialized():
                 yield int(ray.cluster_resources().get("CPU", 1))
                 return
+            if address:
+                _check_reachable(address)
             quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
             # object_store_memory: nothing large passes through it
             start = {"num_cpus": num_cpus, "include_dashboard": False, "object_store_memory": 100 << 20}
@@ -62,6 +66,22 @@ def ray_session(address: str | None = None, num_cpus: int | None = None) -> Iter
         finally:
             for name, value in before.items():
                 os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@functools.cache
+def _token() -> str:
+    """One for all sessions of this process: Ray reads the token once and keeps it."""
+    return secrets.token_hex(32)
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself tries for more than a minute. Raises ValueError."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except OSError as error:
+            raise ValueError(f"no Ray cluster answers at {address} ({error}): --num-tasks 0 works without") from None
 
 
 def fan_out(

@@ -139,7 +139,7 @@ class World:
             return model
         # The running statistics are reduced once a step, over all groups. torch 2.13 renamed the option.
         renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-        no_sync = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+        no_sync: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
         parallel = DistributedDataParallel(
             model,
             device_ids=[self.device] if self.device.type == "cuda" else None,

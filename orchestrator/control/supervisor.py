@@ -13,22 +13,22 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.config import TrainConfig, differences, digest
 from orchestrator.data.shards import DataSet
 from orchestrator.ray_session import Cluster, ray_session
 from orchestrator.storage import Storage
-from orchestrator.training.trainer import Event, Outcome, build_model, finished, train, views_of
 from orchestrator.training.checkpoint import next_attempt
+from orchestrator.training.trainer import Event, Outcome, build_model, finished, train, views_of
 from orchestrator.world import World, share_of
 
 Listener = Callable[[Event], None]
 _POLL_S = 0.25
 
 
-class RunFailed(RuntimeError):
+class RunFailedError(RuntimeError):
     """A run stopped before its end for another reason than the user's input. What was saved is kept."""
 
 
@@ -105,7 +105,7 @@ def run_job(config: TrainConfig, listen: Listener) -> Outcome:
     """Train ``config`` to the end on Ray; goes on from where the run stands, and returns at once if it is finished.
 
     ``listen`` takes the events of the run (``trainer.train``) in a thread of this process. Raises ValueError for what
-    the user must mend, RunFailed where the run could not be finished.
+    the user must mend, RunFailedError where the run could not be finished.
     """
     data = check(config)
     run = Storage(config.storage).sub(config.name)
@@ -114,13 +114,38 @@ def run_job(config: TrainConfig, listen: Listener) -> Outcome:
         return done
     with ray_session(config.placement.ray_address) as cluster:
         placement = place(config, cluster)
-        run.check_writable()
-        run.create("config.json", _identity_bytes(config, data))
-        _check_identity(run, config, data)
-        attempt = next_attempt(run, {"host": socket.gethostname(), "pid": os.getpid(), "time_s": int(time.time())})
+        attempt = _begin(config, data, run)
         listen({"kind": "placed", "workers": placement.num_workers, "gpu": placement.use_gpu, "attempt": attempt})
-        # Workers have other environments than the driver: what they need travels in the config.
-        return _fit(replace(config, placement=replace(config.placement)), placement, run, attempt, listen)
+        return _fit(config, placement, run, attempt, listen)
+
+
+def run_in_process_group(config: TrainConfig, listen: Listener) -> Outcome:
+    """The same without Ray: this process is one worker of the group that torchrun's environment describes."""
+    data = check(config)
+    run = Storage(config.storage).sub(config.name)
+    done = finished(run)
+    if done is not None:
+        return done
+    world = World.from_environment()
+    try:
+        share_of(world.rank, world.size, config.batch.global_batch_size, config.batch.bn_group_size)
+        attempt = _begin(config, data, run) if world.is_first else 0
+        if world.is_first:
+            use_gpu = world.device.type == "cuda"
+            listen({"kind": "placed", "workers": world.size, "gpu": use_gpu, "attempt": attempt})
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        cpus = config.placement.cpus_per_worker or max(1, len(os.sched_getaffinity(0)) // local_size)
+        return train(config, world, attempt=attempt, cpus=cpus, emit=listen)
+    finally:
+        world.leave()
+
+
+def _begin(config: TrainConfig, data: DataSet, run: Storage) -> int:
+    """Fix the identity of a new run, and take the number of this start."""
+    run.check_writable()
+    run.create("config.json", _identity_bytes(config, data))
+    _check_identity(run, config, data)
+    return next_attempt(run, {"host": socket.gethostname(), "pid": os.getpid(), "time_s": int(time.time())})
 
 
 def _fit(config: TrainConfig, placement: Placement, run: Storage, attempt: int, listen: Listener) -> Outcome:
@@ -186,7 +211,7 @@ def _fit(config: TrainConfig, placement: Placement, run: Storage, attempt: int, 
         raise ValueError(refusal)
     outcome = finished(run)
     if outcome is None:
-        raise RunFailed(
+        raise RunFailedError(
             f"run {config.name!r} stopped before its end"
             + (f" ({_cause(failure)})" if failure else "")
             + "; its checkpoints are kept: the same command goes on from the newest"

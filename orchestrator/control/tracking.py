@@ -392,7 +392,13 @@ class Tracker:
             if len(self._held) >= _MAX_OWN_KEYS:
                 if key not in self._refused_keys:
                     self._refused_keys.add(key)
-                    _log.warning("tracking of %s: metric %s is only in the journal: too many keys", self._name, key)
+                    if _is_power_of_two(len(self._refused_keys)):
+                        _log.warning(
+                            "tracking of %s: more than %d metrics: %s is only in the journal",
+                            self._name,
+                            _MAX_OWN_KEYS,
+                            ", ".join(sorted(self._refused_keys)),
+                        )
                 return False
             self._held[key] = set()
         return True
@@ -532,6 +538,8 @@ class Tracker:
                 self._monitor.finish()
             self._monitor = _start_system_monitor(self._uri, self._run_id)
         except Exception as error:
+            self._monitor = None
+            self._wants_system_metrics = not isinstance(error, ImportError)  # what is not installed stays so
             _log.info("tracking of %s: no system metrics (%s)", self._name, _first_line(error))
 
     def _where(self) -> str:
@@ -711,6 +719,8 @@ def _set_environment_defaults() -> None:
 
 def _open(uri: str) -> Any:
     """A client of the store at ``uri``, which is created if it is SQLite."""
+    if not uri:
+        raise ValueError("no tracking URI")  # MLflow would make a database in the working directory
     from mlflow import MlflowClient
 
     # MLflow sets its levels when it is imported. What matters of its chatter is said by this module.
@@ -721,6 +731,7 @@ def _open(uri: str) -> Any:
     path = _sqlite_path(uri)
     if path is None:
         return MlflowClient(uri)
+    importlib.import_module("mlflow.store.tracking.sqlalchemy_store")  # seconds that others need not wait for
     with _locked(path.with_name(f"{path.name}.lock")):  # processes that migrate one empty database at once break it
         return MlflowClient(uri)
 

@@ -85,11 +85,33 @@ def newest_attempt(run: Storage) -> int:
     return int(PurePosixPath(names[-1]).stem) if names else 0
 
 
+def newest_journal(run: Storage) -> list[dict[str, Any]]:
+    """Every event up to the newest checkpoint with an undamaged journal; [] for a new run."""
+    for record in reversed(Checkpoints(run, attempt=0, keep_last=1, notice=lambda text: None).records()):
+        file = record.files.get("journal.jsonl")
+        try:
+            lines = run.read(f"{record.folder}/journal.jsonl", file.sha256 if file else None).splitlines()
+            return [json.loads(line) for line in lines]
+        except (OSError, ValueError):
+            continue
+    return []
+
+
 class Checkpoints:
     """The checkpoints of one run in storage. One writer: rank 0 of the newest attempt."""
 
-    def __init__(self, run: Storage, *, attempt: int, keep_last: int, notice: Callable[[str], None]) -> None:
-        self._run, self._attempt, self._keep_last, self._notice = run, attempt, keep_last, notice
+    def __init__(
+        self,
+        run: Storage,
+        *,
+        attempt: int,
+        keep_last: int,
+        notice: Callable[[str], None],
+        published: Callable[[CommitRecord, bool], None] = lambda record, is_best: None,
+    ) -> None:
+        """``published`` is called in the publishing thread with each new record and whether it is the best so far."""
+        self._run, self._attempt, self._keep_last = run, attempt, keep_last
+        self._notice, self._published = notice, published
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[CommitRecord] | None = None
 
@@ -160,7 +182,8 @@ class Checkpoints:
         record = CommitRecord(snapshot.step, self._attempt, folder, files, snapshot.validation_top1_error)
         self._check_ownership()
         self._run.publish(f"checkpoints/{snapshot.step:09d}.json", record.to_bytes())
-        self._collect()
+        best = self._collect()
+        self._published(record, best is not None and best.step == record.step)
         return record
 
     def _check_ownership(self) -> None:
@@ -178,14 +201,15 @@ class Checkpoints:
             if folder not in known:
                 self._run.delete(folder)
 
-    def _collect(self) -> None:
-        """Delete all but the newest and the best. The record goes first: what has none does not exist."""
+    def _collect(self) -> CommitRecord | None:
+        """Delete all but the newest and the best, which it returns. The record goes first: without it there is none."""
         records, best = self.records(), self.best()
         keep = {r.step for r in records[-self._keep_last :]} | ({best.step} if best else set())
         for record in records:
             if record.step not in keep:
                 self._run.delete(f"checkpoints/{record.step:09d}.json")
                 self._run.delete(record.folder)
+        return best
 
     def close(self) -> None:
         """Wait and stop the thread."""

@@ -33,8 +33,8 @@ class Decision:
     error_percent: float
     before: PolicyState
     after: PolicyState
-    lr_before: float
-    lr_after: float
+    learning_rate_before: float
+    learning_rate: float
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

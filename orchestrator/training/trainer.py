@@ -27,7 +27,7 @@ from orchestrator.data.sampling import Purpose, SampleStream, mix64
 from orchestrator.data.shards import DataSet
 from orchestrator.data.views import ColourAxes, TestView, TrainView
 from orchestrator.storage import Storage
-from orchestrator.training.checkpoint import Checkpoints, Snapshot
+from orchestrator.training.checkpoint import Checkpoints, CommitRecord, Snapshot
 from orchestrator.training.meters import Meter, Totals, cross_entropy
 from orchestrator.training.optimization import (
     SGD,
@@ -116,7 +116,11 @@ def train(
 
     # -- where the run stands ---------------------------------------------------------------------------------------
     checkpoints = Checkpoints(
-        run, attempt=attempt, keep_last=config.rhythm.keep_last, notice=lambda text: tell(_notice(text))
+        run,
+        attempt=attempt,
+        keep_last=rhythm.keep_last,
+        notice=lambda text: tell(_notice(text)),
+        published=lambda record, is_best: tell(_published(run, record, is_best, batch_size / len(train_split))),
     )
     snapshot = checkpoints.newest()
     step, policy, totals, journal = 0, PolicyState(), Totals(), list[Event]()
@@ -206,7 +210,7 @@ def train(
                     state = {"policy": asdict(policy), "totals": totals.as_list(), "lr": optimizer.lr}
                     error = None if validation is None else validation.top1_error
                     checkpoints.save(Snapshot(step, _tensors(model, optimizer), state, list(journal), error))
-            tell({"kind": "checkpoint", "step": step, "stall_s": stall.seconds})
+            tell({"kind": "saving", "step": step, "stall_s": stall.seconds})
 
     # -- the end ----------------------------------------------------------------------------------------------------
     batches.close()
@@ -422,6 +426,12 @@ def _last_training_error(journal: list[Event]) -> float:
 
 def _notice(text: str) -> Event:
     return {"kind": "notice", "text": text}
+
+
+def _published(run: Storage, record: CommitRecord, is_best: bool, epochs_per_step: float) -> Event:
+    event = {"kind": "checkpoint", "step": record.step, "epoch": record.step * epochs_per_step}
+    event |= {"time_ms": time.time_ns() // 1_000_000, "url": f"{run.url}/{record.folder}", "best": is_best}
+    return event | {"validation_top1_error": record.validation_top1_error}
 
 
 def _not_finite(config: TrainConfig, step: int, totals: Totals) -> str:

@@ -269,13 +269,13 @@ def test_processes_that_start_together_share_one_empty_database(tmp_path: Path) 
             stderr=subprocess.PIPE,
             text=True,
         )
-        for i in range(3)
+        for i in range(2)
     ]
     for process in processes:
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0, out + err
         assert err == ""  # MLflow's and alembic's chatter is silenced, and nothing failed at first
-    assert len(runs(uri, "e")) == 3
+    assert len(runs(uri, "e")) == 2
 
 
 # -- few keys ------------------------------------------------------------------------------------------------------
@@ -284,6 +284,7 @@ def test_processes_that_start_together_share_one_empty_database(tmp_path: Path) 
 def test_keys_stay_few_with_system_metrics_that_go_on_after_a_restart(
     tmp_path: Path, tracker: Callable[..., Tracker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("psutil", reason="MLflow's system metrics read it")
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLES_BEFORE_LOGGING", "1")
     uri = default_uri(None, tmp_path)

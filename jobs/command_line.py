@@ -1,0 +1,177 @@
+"""What all training jobs share: from the command line to an exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import inspect
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+
+from orchestrator.config import TrainConfig
+from orchestrator.control import supervisor
+from orchestrator.control.terminal import Terminal
+from orchestrator.control.tracking import RunStatus, Tracker, default_uri
+from orchestrator.control.tracking import check as check_tracking
+from orchestrator.storage import Storage
+from orchestrator.training.checkpoint import newest_journal
+from orchestrator.training.trainer import Event, Outcome
+
+Recipe = Callable[[], TrainConfig]
+EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
+
+
+def parse(argv: Sequence[str], recipes: Mapping[str, Recipe], *, default: str, program: str) -> TrainConfig:
+    """``[RECIPE] [--field value …]`` → config. Prints help or what is wrong and exits (0, 2) as argparse does."""
+    arguments = list(argv)
+    name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else default
+    if name not in recipes:
+        close = difflib.get_close_matches(name, recipes, 1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        raise ValueError(f"unknown recipe {name!r}{hint}: choose one of {', '.join(recipes)}")
+    base = replace(
+        recipes[name](),
+        recipe=name,
+        name=name,
+        data=os.environ.get("IMAGENET_DATA", ""),
+        storage=os.environ.get("IMAGENET_STORAGE", ""),
+    )
+    return tyro.cli(
+        TrainConfig,
+        args=arguments,
+        default=base,
+        prog=f"{program} {name}",
+        description=_description(recipes, default, program),
+        config=(tyro.conf.FlagConversionOff, tyro.conf.EnumChoicesFromValues),
+    )
+
+
+def _description(recipes: Mapping[str, Recipe], default: str, program: str) -> str:
+    lines = [f"{program} [RECIPE] --data URL --storage URL --name NAME [any field below]", ""]
+    lines += ["The same command goes on with an interrupted run. Recipes:", ""]
+    for name, recipe in recipes.items():
+        lines += [f"{name}{' (default)' if name == default else ''}: {inspect.cleandoc(recipe.__doc__ or '')}", ""]
+    return "\n".join(lines)
+
+
+def run(config: TrainConfig) -> int:
+    """Train, shown in the terminal and in MLflow. Returns the exit code."""
+    console = Console(stderr=False, highlight=False)
+    under_torchrun = "RANK" in os.environ
+    is_first = os.environ.get("RANK", "0") == "0"
+    data = supervisor.check(config)
+    uri = default_uri(config.tracking.uri or None, Path.cwd())
+    warning = check_tracking(uri)
+    if not is_first:
+        supervisor.run_in_process_group(config, lambda event: None)
+        return 0
+    if warning:
+        console.print(warning)
+    run_storage = Storage(config.storage).sub(config.name)
+    # What cannot be placed is refused before MLflow hears of it.
+    tracker: Tracker | None = None
+
+    def listen(event: Event) -> None:
+        terminal.put(event)
+        nonlocal tracker
+        if event["kind"] == "placed":
+            tracker = _tracker(config, uri, data.digest, run_storage)
+            tracker.replay(newest_journal(run_storage))
+        elif tracker is not None:
+            tracker.put(event)
+
+    status, outcome = RunStatus.FAILED, None
+    with Terminal(console, name=config.name, batch_size=config.batch.global_batch_size) as terminal:
+        try:
+            train = supervisor.run_in_process_group if under_torchrun else supervisor.run_job
+            outcome = train(config, listen)
+            status = RunStatus.FINISHED
+        except KeyboardInterrupt:
+            status = RunStatus.KILLED
+            raise
+        finally:
+            if tracker is None and outcome is not None:  # it was finished before: deliver what MLflow lacks
+                tracker = _tracker(config, uri, data.digest, run_storage)
+                tracker.replay(newest_journal(run_storage))
+            delivery = tracker.close(config.tracking.wait_s, status) if tracker else None
+    assert outcome is not None
+    _summary(console, config, outcome)
+    if delivery is not None:
+        console.print(f"MLflow        {delivery.where}", soft_wrap=True)
+        if delivery.pending:
+            console.print(f"              {delivery.pending} events are not there yet ({delivery.error}): ", end="")
+            console.print("the same command delivers them")
+    return 0
+
+
+def exit_code(main: Callable[[], int]) -> int:
+    """Run ``main``; every error that a user can meet becomes one message and an exit code."""
+    try:
+        return main()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except (supervisor.RunFailedError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from the newest checkpoint", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _tracker(config: TrainConfig, uri: str, data_sha256: str, run_storage: Storage) -> Tracker:
+    return Tracker(
+        uri=uri,
+        experiment=config.tracking.experiment,
+        name=config.name,
+        run_key=run_storage.url,
+        params=config.identity(),
+        tags={
+            "recipe": config.recipe,
+            "code_version": code_version(),
+            "data": config.data,
+            "data_sha256": data_sha256,
+            "storage": run_storage.url,
+            "host": socket.gethostname(),
+        },
+        figure_dir=_figure_dir(run_storage),
+    )
+
+
+def _figure_dir(run_storage: Storage) -> Path:
+    """Beside the checkpoints where the storage is a local disk, else in the current folder."""
+    return run_storage.local_path("figures") or Path("figures") / run_storage.url.rsplit("/", 1)[-1]
+
+
+def code_version() -> str:
+    """Git commit of the checkout, "+" for uncommitted changes, else the version of the installed package."""
+    folder = Path(__file__).parent
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        git = ["git", "-C", str(folder), "describe", "--always", "--dirty=+", "--abbrev=12"]
+        return subprocess.run(git, check=True, capture_output=True, text=True).stdout.strip()
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return metadata.version("resnet-orchestrator")
+    return "unknown"
+
+
+def _summary(console: Console, config: TrainConfig, outcome: Outcome) -> None:
+    rows = {
+        "run": f"{config.name}: {outcome.steps} steps done",
+        "validation": f"{outcome.validation_top1_error:.2f} % top-1, {outcome.validation_top5_error:.2f} % top-5 error "
+        f"(best top-1 {outcome.best_validation_top1_error:.2f} %)",
+        "checkpoint": outcome.checkpoint,
+        "best": outcome.best_checkpoint,
+        "weights": f"SHA-256 {outcome.weights_sha256}",
+        "curves": str(_figure_dir(Storage(config.storage).sub(config.name)) / "errors.png"),
+    }
+    for name, text in rows.items():
+        console.print(f"{name:<13} {text}", soft_wrap=True)
