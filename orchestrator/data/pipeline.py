@@ -6,29 +6,29 @@ N images in a batch, C = 3 channels R, G, B, S = crop in pixels.
 
 from __future__ import annotations
 
+import io
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from orchestrator.data.sampling import Purpose, SampleStream
 from orchestrator.data.shards import Split
 from orchestrator.data.views import ColourAxes, TestView, TrainView, Views
 
-# One gray pixel: stands in for an image of an evaluation that cannot be decoded.
-_GRAY_JPEG = bytes.fromhex(
-    "ffd8ffe000104a46494600010100000100010000ffdb0043000302020302020303030304030304050805050404050a070706080c0a0c0c0b"
-    "0a0b0b0d0e12100d0e110e0b0b1016101113141515150c0f171816141812141514ffc0000b080001000101011100ffc4001f000001050101"
-    "0101010100000000000000000102030405060708090a0bffc400b5100002010303020403050504040000017d010203000411051221314106"
-    "13516107227114328191a1082342b1c11552d1f02433627282090a161718191a25262728292a3435363738393a434445464748494a535455"
-    "565758595a636465666768696a737475767778797a838485868788898a92939495969798999aa2a3a4a5a6a7a8a9aab2b3b4b5b6b7b8b9ba"
-    "c2c3c4c5c6c7c8c9cad2d3d4d5d6d7d8d9dae1e2e3e4e5e6e7e8e9eaf1f2f3f4f5f6f7f8f9faffda0008010100003f00fdfcffd9"
-)
+
+@cache
+def _gray_jpeg() -> np.ndarray:
+    """One gray pixel, [bytes] uint8: stands in for an image of an evaluation that cannot be decoded."""
+    stream = io.BytesIO()
+    Image.new("RGB", (1, 1), (128, 128, 128)).save(stream, "JPEG")
+    return np.frombuffer(stream.getvalue(), np.uint8)
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class _Decoder:
     def _prime(self) -> None:
         """Run the pipeline on gray pixels: its first schedule_run takes as many batches as it may prefetch."""
         depth = self.settings.prefetch_batches
-        gray = {"encoded": [np.frombuffer(_GRAY_JPEG, np.uint8)], "flip": np.zeros(1, np.int32)}
+        gray = {"encoded": [_gray_jpeg()], "flip": np.zeros(1, np.int32)}
         corner, pixel = np.zeros((1, 2)), np.ones((1, 2))
         gray |= {"anchor": corner.astype(np.int32), "shape": pixel.astype(np.int32)}
         gray |= {"roi_start": corner.astype(np.float32), "roi_end": pixel.astype(np.float32)}
@@ -235,7 +235,7 @@ class _Feed:
         job.encoded = self.split.read(job.indices)
         assert job.unreadable is not None
         for i in np.flatnonzero(job.unreadable):
-            job.encoded[i] = np.frombuffer(_GRAY_JPEG, np.uint8)
+            job.encoded[i] = _gray_jpeg()
         return job
 
     def _sizes(self, job: _Job) -> tuple[np.ndarray, np.ndarray]:

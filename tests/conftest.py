@@ -1,0 +1,52 @@
+"""Shared by all tests: a small generated data set, and the real one where REAL_DATA says it is."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from orchestrator.data.shards import DataSet
+from orchestrator.storage import Storage
+
+
+def run_module(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+    """``python -m`` in a process of its own, output captured."""
+    command = [sys.executable, "-m", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, **options)  # type: ignore[call-overload]
+
+
+@pytest.fixture(scope="session")
+def archives(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Archives of 6 classes in ILSVRC's layout: 96 training, 30 validation and 10 test images."""
+    out = tmp_path_factory.mktemp("archives")
+    sizes = ["--num-classes", "6", "--train-per-class", "16", "--val-per-class", "5", "--test-images", "10"]
+    done = run_module("data_prep.demo", "--out", str(out), *sizes)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture(scope="session")
+def prepared(archives: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The data set made of ``archives``."""
+    out = tmp_path_factory.mktemp("prepared")
+    done = run_module("data_prep.ilsvrc", str(archives), "--out", str(out), "--crop", "64", "--num-tasks", "0")
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture(scope="session")
+def data(prepared: Path) -> DataSet:
+    return DataSet(Storage(str(prepared)))
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real images. Skips without REAL_DATA."""
+    folder = os.environ.get("REAL_DATA")
+    if not folder:
+        pytest.skip("REAL_DATA is not set: no real images")
+    return Path(folder)

@@ -1,0 +1,197 @@
+"""What storage promises: whole or absent, one creator, nothing outside the folder."""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import object_store
+import pytest
+
+from orchestrator.storage import DigestError, Storage, sha256_hex
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(params=["local", "object store"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Storage]:
+    object_store.Bucket.objects.clear()
+    yield Storage(str(tmp_path / "runs") if request.param == "local" else "bucket://bucket/runs")
+    object_store.Bucket.objects.clear()
+
+
+def test_published_bytes_come_back(storage: Storage) -> None:
+    storage.publish("a/b.bin", b"0123456789")
+    assert storage.exists("a/b.bin")
+    assert storage.size_bytes("a/b.bin") == 10
+    assert storage.read("a/b.bin", sha256_hex(b"0123456789")) == b"0123456789"
+    assert storage.read_range("a/b.bin", 2, 5) == b"234"
+    assert storage.read_ranges([("a/b.bin", 8, 10), ("a/b.bin", 0, 1)]) == [b"89", b"0"]
+    with storage.reading("a/b.bin") as stream:
+        stream.seek(7)
+        assert stream.read() == b"789"
+    storage.publish("a/b.bin", b"new")
+    assert storage.read("a/b.bin") == b"new"
+
+
+def test_damage_and_truncation_are_noticed(storage: Storage) -> None:
+    storage.publish("x", b"0123456789")
+    with pytest.raises(DigestError, match="damaged"):
+        storage.read("x", sha256_hex(b"other"))
+    with pytest.raises(OSError, match="truncated") as caught:
+        storage.read_range("x", 5, 11)
+    assert caught.value.errno == errno.EIO
+    with pytest.raises(OSError, match="truncated"):
+        storage.read_ranges([("x", 0, 2), ("x", 5, 11)])
+    with pytest.raises(FileNotFoundError):
+        storage.read("y")
+
+
+@pytest.mark.parametrize("before", [None, b"old"])
+def test_an_exception_inside_publishing_leaves_what_was_there(storage: Storage, before: bytes | None) -> None:
+    if before is not None:
+        storage.publish("a/x", before)
+
+    def publish_half() -> None:
+        with storage.publishing("a/x") as stream:
+            stream.write(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        publish_half()
+    if before is None:
+        assert storage.list("a") == []
+        assert not storage.exists("a/x")
+    else:
+        assert storage.read("a/x") == before
+    folder = storage.local_path("a")
+    if folder is not None:
+        assert [p.name for p in folder.iterdir()] == (["x"] if before else [])
+
+
+def test_nothing_is_visible_before_the_block_ends(storage: Storage) -> None:
+    with storage.publishing("a/x") as stream:
+        stream.write(b"1234")
+        stream.flush()
+        assert not storage.exists("a/x")
+        assert storage.list("a") == []
+    assert storage.list("a") == ["a/x"]
+
+
+def test_a_killed_writer_leaves_only_a_fragment_that_can_be_removed(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys\nfrom orchestrator.storage import Storage\n"
+        "with Storage(sys.argv[1]).publishing('a/x') as stream:\n"
+        "    stream.write(b'half'); stream.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    process = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=False)
+    assert process.returncode == -signal.SIGKILL
+    storage = Storage(str(tmp_path))
+    assert len(list((tmp_path / "a").iterdir())) == 1
+    assert storage.list("a") == []
+    storage.publish("a/y", b"kept")
+    storage.delete_fragments("a")
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["y"]
+    storage.delete_fragments("not there")
+
+
+def _create(url: str, start: float, name: str, results: multiprocessing.Queue) -> None:
+    storage = Storage(url)
+    time.sleep(max(0.0, start - time.time()))
+    results.put((name, [storage.create(f"lease-{i}", name.encode()) for i in range(20)]))
+
+
+def test_create_has_one_winner_among_processes(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    start = time.time() + 2.5
+    processes = [context.Process(target=_create, args=(str(tmp_path), start, f"p{n}", results)) for n in range(3)]
+    for process in processes:
+        process.start()
+    won = dict(results.get(timeout=60) for _ in processes)
+    for process in processes:
+        process.join(timeout=60)
+    storage = Storage(str(tmp_path))
+    for i in range(20):
+        winners = [name for name, created in won.items() if created[i]]
+        assert len(winners) == 1, winners
+        assert storage.read(f"lease-{i}") == winners[0].encode()
+    assert not list(tmp_path.glob(".tmp-*"))
+
+
+def test_create_keeps_what_is_there(storage: Storage) -> None:
+    assert storage.create("a/lease", b"first")
+    assert not storage.create("a/lease", b"second")
+    assert storage.read("a/lease") == b"first"
+
+
+def test_list_sub_delete(storage: Storage) -> None:
+    for name in ("b", "a", "folder/c", "folder/deep/d"):
+        storage.publish(name, name.encode())
+    assert storage.list() == ["a", "b"]
+    assert storage.list("folder") == ["folder/c"]
+    assert storage.list("nothing here") == []
+    sub = storage.sub("folder")
+    assert sub.list() == ["c"]
+    assert sub.read("deep/d") == b"folder/deep/d"
+    sub.publish("e", b"e")
+    assert storage.read("folder/e") == b"e"
+    storage.delete("a")
+    storage.delete("a")
+    assert storage.list() == ["b"]
+    storage.delete("folder")
+    assert storage.list("folder") == []
+    assert not storage.exists("folder/deep/d")
+    assert storage.read("b") == b"b"
+
+
+@pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/passwd", "", ".."])
+def test_names_stay_inside(storage: Storage, name: str) -> None:
+    for act in (storage.path, storage.read, storage.sub, storage.delete, lambda n: storage.publish(n, b"")):
+        with pytest.raises(ValueError, match="no name inside"):
+            act(name)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [("memory://x", "invisible"), ("", "empty"), ("nosuch://x/y", "cannot be opened")],
+)
+def test_useless_urls_are_refused(url: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Storage(url)
+
+
+def test_a_storage_travels_to_other_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    storage = Storage("relative/folder")
+    storage.publish("x", b"1")
+    data = pickle.dumps(storage)
+    monkeypatch.chdir("/")
+    assert pickle.loads(data).read("x") == b"1"
+    assert Storage(f"file://{tmp_path}/relative/folder").read("x") == b"1"
+
+
+def test_writability_and_space(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path / "new" / "folder"))
+    free_bytes = storage.free_bytes()
+    assert free_bytes is not None
+    assert free_bytes > 0
+    storage.check_writable()
+    assert storage.list() == []
+    blocked = tmp_path / "file"
+    blocked.write_bytes(b"")
+    with pytest.raises(ValueError, match="cannot be written"):
+        Storage(str(blocked / "folder")).check_writable()
+    if os.geteuid():
+        tmp_path.chmod(0o500)
+        with pytest.raises(ValueError, match="permissions"):
+            Storage(str(tmp_path / "other")).check_writable()
+        tmp_path.chmod(0o700)
