@@ -10,16 +10,11 @@ bytes. Exit code: 0 finished, 2 refused or failed (nothing is published; the mes
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import io
 import itertools
 import json
-import re
 import sys
-import tarfile
 import time
-import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
@@ -28,10 +23,11 @@ from typing import Annotated, Any
 import tyro
 
 from data_prep.archives import Member, check_end, walk
+from data_prep.devkit import Devkit, read_devkit
 from data_prep.fan_out import fan_out, peak_rss_bytes
 from data_prep.parts import MANIFEST, PARTS, PREPARATION, Unit, assemble, clean_up, read_part, write_part
 from data_prep.progress import Progress, print_summary
-from orchestrator.data.shards import UNLABELLED, ClassInfo, DataSet, Manifest, Source
+from orchestrator.data.shards import UNLABELLED, DataSet, Manifest, Source
 from orchestrator.storage import Storage, sha256_hex
 
 TRAIN = "ILSVRC2012_img_train.tar"
@@ -41,7 +37,6 @@ DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 
 IMAGES_PER_UNIT = 1000  # of val and test: about 130 MB
 _SMALL_BYTES = 256 << 20  # starting Ray takes as long as preparing this much
-_MAX_DEVKIT_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -68,7 +63,7 @@ _OFFICIAL = {
 class Arguments:
     """Prepare ILSVRC2012 from its archives."""
 
-    archives: Annotated[str, tyro.conf.Positional]
+    archives: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ARCHIVES")]
     """Folder or fsspec URL that holds the archives."""
     out: str
     """Folder or fsspec URL for the data set; new, empty, or of an interrupted preparation."""
@@ -99,16 +94,6 @@ class Md5:
 
 
 @dataclass(frozen=True)
-class Devkit:
-    """What the development kit says. ``labels``: ILSVRC2012_ID → label of the classes that are leaves."""
-
-    classes: tuple[ClassInfo, ...]
-    labels: dict[int, int]
-    ground_truth: tuple[int, ...]  # ILSVRC2012_ID of the images of val, in file-name order
-    num_train_images: int | None  # as meta.mat counts them
-
-
-@dataclass(frozen=True)
 class Report:
     """``manifest`` of the data set at ``out``; how long it took and the most memory a process held."""
 
@@ -135,7 +120,7 @@ def prepare(arguments: Arguments, *, images_per_unit: int = IMAGES_PER_UNIT) -> 
         "crop": arguments.crop,
         "sources": [{"name": name, "nbytes": nbytes} for name, nbytes in sizes.items()],
     }
-    if out.exists(MANIFEST):
+    if _is_finished(out):
         manifest = _finished(out, identity)
         clean_up(out, manifest.splits)
         return Report(out, manifest, time.monotonic() - started_s, peak_rss_bytes(), already_finished=True)
@@ -225,66 +210,6 @@ def find_archives(archives: Storage, *, with_test: bool = True) -> dict[str, str
         hint = " (--no-test prepares without a test set)" if TEST in missing else ""
         raise ValueError(f"missing in {archives.url!r}: {', '.join(missing)}; found: {have}{hint}")
     return names
-
-
-def read_devkit(archives: Storage, name: str) -> Devkit:
-    """Classes and ground truth. Raises ValueError where the devkit cannot be read or contradicts itself."""
-    if archives.size_bytes(name) > _MAX_DEVKIT_BYTES:
-        raise ValueError(f"{name} is too large to be the devkit: download it again")
-    files: dict[str, bytes] = {}
-    try:
-        with tarfile.open(fileobj=io.BytesIO(archives.read(name)), mode="r:gz") as tar:
-            for member in tar:
-                base = PurePosixPath(member.name).name
-                if base in ("meta.mat", "ILSVRC2012_validation_ground_truth.txt") and member.isreg():
-                    if member.size > _MAX_DEVKIT_BYTES:
-                        raise ValueError(f"{name}: {base} is too large: download it again")
-                    stream = tar.extractfile(member)
-                    assert stream is not None
-                    files[base] = stream.read()
-    except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{name} cannot be unpacked ({error}): download it again") from None
-    for base in ("meta.mat", "ILSVRC2012_validation_ground_truth.txt"):
-        if base not in files:
-            raise ValueError(f"{name} has no data/{base}: it is not the devkit of tasks 1 and 2")
-    classes, num_train_images = _classes(files["meta.mat"])
-    labels = {c.ilsvrc_id: c.label for c in classes if c.ilsvrc_id is not None}
-    truth = files["ILSVRC2012_validation_ground_truth.txt"].split()
-    try:
-        ground_truth = tuple(int(line) for line in truth)
-    except ValueError:
-        raise ValueError(f"{name}: the validation ground truth is not a list of numbers: download it again") from None
-    unknown = sorted(set(ground_truth) - set(labels))
-    if unknown:
-        raise ValueError(
-            f"{name}: the validation ground truth has the ILSVRC2012_ID {unknown[0]}, which is no leaf class of "
-            "meta.mat: download the devkit again"
-        )
-    return Devkit(classes, labels, ground_truth, num_train_images)
-
-
-def _classes(meta_mat: bytes) -> tuple[tuple[ClassInfo, ...], int | None]:
-    """The leaf classes in the order of their wnids, and the number of training images if meta.mat counts them."""
-    from scipy.io import loadmat
-
-    try:
-        synsets = loadmat(io.BytesIO(meta_mat), squeeze_me=True)["synsets"].reshape(-1)
-        # The original also holds the inner synsets of the hierarchy, under the IDs 1001 to 1860.
-        leaves = [s for s in synsets if int(s["num_children"]) == 0]
-        found = sorted((str(s["WNID"]), int(s["ILSVRC2012_ID"]), str(s["words"])) for s in leaves)
-        counted = "num_train_images" in synsets.dtype.names
-        num_train_images = sum(int(s["num_train_images"]) for s in leaves) if counted else None
-    except Exception as error:  # loadmat meets a damaged file with nearly any exception
-        raise ValueError(
-            f"meta.mat of the devkit cannot be read ({type(error).__name__}: {error}): download it again"
-        ) from None
-    wnids, ids = [wnid for wnid, _, _ in found], [ilsvrc_id for _, ilsvrc_id, _ in found]
-    if not found or len(set(wnids)) < len(wnids) or len(set(ids)) < len(ids):
-        raise ValueError("meta.mat of the devkit has no leaf classes or has one twice: download it again")
-    bad = [wnid for wnid in wnids if not re.fullmatch(r"n\d{8}", wnid)]
-    if bad:
-        raise ValueError(f"meta.mat of the devkit has the wnid {bad[0]!r}, which is none: download it again")
-    return tuple(ClassInfo(label, *fields) for label, fields in enumerate(found)), num_train_images
 
 
 def plan(
@@ -379,6 +304,16 @@ def _scan(archives: Storage, archive: str, nbytes: int) -> list[Member]:
 
 
 # -- what is at the output ----------------------------------------------------------------------------------------
+
+
+def _is_finished(out: Storage) -> bool:
+    try:
+        return out.exists(MANIFEST)
+    except Exception as error:  # object stores raise exceptions of their own libraries
+        raise ValueError(
+            f"{out.url!r} cannot be read ({type(error).__name__}: {error}): check the URL, its permissions and, for an "
+            "object store, endpoint and credentials"
+        ) from None
 
 
 def _finished(out: Storage, identity: dict[str, Any]) -> Manifest:

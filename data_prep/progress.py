@@ -72,7 +72,8 @@ def print_summary(
     """What the data set holds, where it lies, and what was odd about its images."""
     if already_finished:
         print("already finished; nothing was done")
-    for split, info in manifest.splits.items():
+    for split in sorted(manifest.splits, key=lambda name: ("train" not in name, "val" not in name, name)):
+        info = manifest.splits[split]
         size = sum(shard.nbytes for shard in info.shards)
         print(f"{split:6} {info.count:>9,} images {len(info.shards):>5,} shards {size / 1e9:>9.3f} GB")
     print(f"{len(manifest.classes)} classes")

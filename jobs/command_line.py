@@ -24,7 +24,8 @@ from orchestrator.control.tracking import RunStatus, Tracker, default_uri
 from orchestrator.control.tracking import check as check_tracking
 from orchestrator.storage import Storage
 from orchestrator.training.checkpoint import newest_journal
-from orchestrator.training.trainer import Event, Outcome
+from orchestrator.training.run import Outcome, run_storage
+from orchestrator.training.trainer import Event
 
 Recipe = Callable[[], TrainConfig]
 EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
@@ -76,7 +77,7 @@ def run(config: TrainConfig) -> int:
         return 0
     if warning:
         console.print(warning)
-    run_storage = Storage(config.storage).sub(config.name)
+    folder = run_storage(config)
     # What cannot be placed is refused before MLflow hears of it.
     tracker: Tracker | None = None
 
@@ -84,8 +85,8 @@ def run(config: TrainConfig) -> int:
         terminal.put(event)
         nonlocal tracker
         if event["kind"] == "placed":
-            tracker = _tracker(config, uri, data.digest, run_storage)
-            tracker.replay(newest_journal(run_storage))
+            tracker = _tracker(config, uri, data.digest, folder)
+            tracker.replay(newest_journal(folder))
         elif tracker is not None:
             tracker.put(event)
 
@@ -100,8 +101,8 @@ def run(config: TrainConfig) -> int:
             raise
         finally:
             if tracker is None and outcome is not None:  # it was finished before: deliver what MLflow lacks
-                tracker = _tracker(config, uri, data.digest, run_storage)
-                tracker.replay(newest_journal(run_storage))
+                tracker = _tracker(config, uri, data.digest, folder)
+                tracker.replay(newest_journal(folder))
             delivery = tracker.close(config.tracking.wait_s, status) if tracker else None
     assert outcome is not None
     _summary(console, config, outcome)
@@ -128,28 +129,28 @@ def exit_code(main: Callable[[], int]) -> int:
         return EXIT_INTERRUPTED
 
 
-def _tracker(config: TrainConfig, uri: str, data_sha256: str, run_storage: Storage) -> Tracker:
+def _tracker(config: TrainConfig, uri: str, data_sha256: str, run: Storage) -> Tracker:
     return Tracker(
         uri=uri,
         experiment=config.tracking.experiment,
         name=config.name,
-        run_key=run_storage.url,
+        run_key=run.url,
         params=config.identity(),
         tags={
             "recipe": config.recipe,
             "code_version": code_version(),
             "data": config.data,
             "data_sha256": data_sha256,
-            "storage": run_storage.url,
+            "storage": run.url,
             "host": socket.gethostname(),
         },
-        figure_dir=_figure_dir(run_storage),
+        figure_dir=_figure_dir(run),
     )
 
 
-def _figure_dir(run_storage: Storage) -> Path:
+def _figure_dir(run: Storage) -> Path:
     """Beside the checkpoints where the storage is a local disk, else in the current folder."""
-    return run_storage.local_path("figures") or Path("figures") / run_storage.url.rsplit("/", 1)[-1]
+    return run.local_path("figures") or Path("figures") / run.url.rsplit("/", 1)[-1]
 
 
 def code_version() -> str:
@@ -171,7 +172,7 @@ def _summary(console: Console, config: TrainConfig, outcome: Outcome) -> None:
         "checkpoint": outcome.checkpoint,
         "best": outcome.best_checkpoint,
         "weights": f"SHA-256 {outcome.weights_sha256}",
-        "curves": str(_figure_dir(Storage(config.storage).sub(config.name)) / "errors.png"),
+        "curves": str(_figure_dir(run_storage(config)) / "errors.png"),
     }
     for name, text in rows.items():
         console.print(f"{name:<13} {text}", soft_wrap=True)

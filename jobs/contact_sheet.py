@@ -23,7 +23,7 @@ from orchestrator.data.pipeline import DecodeSettings, EvalInput, TrainInput
 from orchestrator.data.sampling import SampleStream
 from orchestrator.data.shards import DataSet
 from orchestrator.storage import Storage
-from orchestrator.training.trainer import views_of
+from orchestrator.training.assembly import views_of
 
 
 @dataclass(frozen=True)

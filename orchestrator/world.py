@@ -97,13 +97,13 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
-    def agree(self, flag: bool) -> bool:
-        """True on every rank where ``flag`` is true on rank 0."""
+    def from_first(self, value: int) -> int:
+        """Rank 0's ``value``, on every rank."""
         if self.size == 1:
-            return flag
-        tensor = torch.tensor([int(flag)], device=self.device)
+            return value
+        tensor = torch.tensor([value], device=self.device)
         dist.broadcast(tensor, 0)
-        return bool(tensor.item())
+        return int(tensor.item())
 
     def barrier(self) -> None:
         """Wait for every rank."""

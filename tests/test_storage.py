@@ -13,10 +13,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import object_store
 import pytest
 
 from orchestrator.storage import DigestError, Storage, sha256_hex
+from tests import object_store
 
 ROOT = Path(__file__).parents[1]
 

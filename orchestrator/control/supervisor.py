@@ -6,7 +6,6 @@ run remembers is in our storage, so every process may be killed at any line and 
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import threading
@@ -16,12 +15,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.config import TrainConfig, differences, digest
+from orchestrator.config import TrainConfig
 from orchestrator.data.shards import DataSet
 from orchestrator.ray_session import Cluster, ray_session
 from orchestrator.storage import Storage
-from orchestrator.training.checkpoint import next_attempt
-from orchestrator.training.trainer import Event, Outcome, build_model, finished, train, views_of
+from orchestrator.training.assembly import build_model, views_of
+from orchestrator.training.run import Outcome, check_identity, finished, fix_identity, next_attempt, run_storage
+from orchestrator.training.trainer import Event, train
 from orchestrator.world import World, share_of
 
 Listener = Callable[[Event], None]
@@ -73,7 +73,7 @@ def check(config: TrainConfig) -> DataSet:
             f"storage {config.storage!r} has {free / 1e9:.2f} GB free where the checkpoints of this run need "
             f"{needed / 1e9:.2f} GB: make room, give another --storage, or lower --rhythm.keep-last"
         )
-    _check_identity(storage.sub(config.name), config, data)
+    check_identity(run_storage(config), config, data)
     return data
 
 
@@ -108,7 +108,7 @@ def run_job(config: TrainConfig, listen: Listener) -> Outcome:
     the user must mend, RunFailedError where the run could not be finished.
     """
     data = check(config)
-    run = Storage(config.storage).sub(config.name)
+    run = run_storage(config)
     done = finished(run)
     if done is not None:
         return done
@@ -122,7 +122,7 @@ def run_job(config: TrainConfig, listen: Listener) -> Outcome:
 def run_in_process_group(config: TrainConfig, listen: Listener) -> Outcome:
     """The same without Ray: this process is one worker of the group that torchrun's environment describes."""
     data = check(config)
-    run = Storage(config.storage).sub(config.name)
+    run = run_storage(config)
     done = finished(run)
     if done is not None:
         return done
@@ -143,8 +143,7 @@ def run_in_process_group(config: TrainConfig, listen: Listener) -> Outcome:
 def _begin(config: TrainConfig, data: DataSet, run: Storage) -> int:
     """Fix the identity of a new run, and take the number of this start."""
     run.check_writable()
-    run.create("config.json", _identity_bytes(config, data))
-    _check_identity(run, config, data)
+    fix_identity(run, config, data)
     return next_attempt(run, {"host": socket.gethostname(), "pid": os.getpid(), "time_s": int(time.time())})
 
 
@@ -262,31 +261,6 @@ def _work(settings: dict[str, Any]) -> None:
     except ValueError as error:
         ray.get(mailbox.refuse.remote(str(error)))
         raise
-
-
-# -- identity -------------------------------------------------------------------------------------------------------
-
-
-def _identity_bytes(config: TrainConfig, data: DataSet) -> bytes:
-    identity = config.identity() | {"data_sha256": data.digest}
-    return json.dumps({"sha256": digest(identity), "identity": identity}, indent=1, sort_keys=True).encode()
-
-
-def _check_identity(run: Storage, config: TrainConfig, data: DataSet) -> None:
-    """Refuse a changed config, or other data, under the name of an old run."""
-    try:
-        old = json.loads(run.read("config.json"))["identity"]
-    except FileNotFoundError:
-        return
-    except (ValueError, KeyError):
-        raise ValueError(f"{run.url}/config.json is damaged: restore it, or choose another --name") from None
-    new = json.loads(_identity_bytes(config, data))["identity"]
-    changed = differences(old, new)
-    if changed:
-        raise ValueError(
-            f"run {config.name!r} exists with another config (old → new): {'; '.join(changed)}. "
-            "Use the old values to go on with it, or choose another --name"
-        )
 
 
 def _can_share(num_workers: int, global_batch_size: int, bn_group_size: int) -> bool:

@@ -7,26 +7,22 @@ their SHA-256. A reader goes from the newest record to older ones until every di
     checkpoints/000000400-a000001/tensors.safetensors    model/… and momentum/…
     checkpoints/000000400-a000001/state.json             step, policy, meters, learning rate
     checkpoints/000000400-a000001/journal.jsonl          every event up to this step
-    attempts/000001.json                         one a start of the run, created exclusively
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import PurePosixPath
 from typing import Any
 
 import safetensors.torch
 from torch import Tensor
 
 from orchestrator.storage import DigestError, Storage, sha256_hex
-
-
-class SupersededError(RuntimeError):
-    """Another driver has started the same run: this one must not write any more."""
+from orchestrator.training.run import SupersededError, newest_attempt
 
 
 @dataclass(frozen=True)
@@ -71,18 +67,14 @@ class Snapshot:
     validation_top1_error: float | None = None
 
 
-def next_attempt(run: Storage, who: dict[str, Any]) -> int:
-    """Number of this start of the run, taken exclusively. The highest number owns the run."""
-    number = newest_attempt(run) + 1
-    while not run.create(f"attempts/{number:06d}.json", json.dumps(who).encode()):
-        number += 1
-    return number
-
-
-def newest_attempt(run: Storage) -> int:
-    """The highest attempt so far, 0 before the first."""
-    names = run.list("attempts")
-    return int(PurePosixPath(names[-1]).stem) if names else 0
+def weights_sha256(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over names and bytes of all weights and buffers (model/…): equal digests, equal models."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        if name.startswith("model/"):
+            digest.update(name.encode())
+            digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def newest_journal(run: Storage) -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +11,6 @@ import pytest
 
 from data_prep import demo
 from data_prep.ilsvrc import Arguments, Report, prepare
-
-# object_store.py is shared with the tests beside this folder
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 CROP = 32
 IMAGES_PER_UNIT = 5

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import object_store
 import pytest
 from PIL import Image
 
@@ -30,6 +29,7 @@ from data_prep.ilsvrc import Arguments, main, prepare
 from data_prep.images import prepare_image
 from orchestrator.data.shards import UNLABELLED, DataSet
 from orchestrator.storage import Storage
+from tests import object_store
 
 ROOT = Path(__file__).parents[2]
 TRAIN, VAL, TEST, DEVKIT = (
@@ -330,7 +330,7 @@ def odd_images() -> dict[str, tuple[bytes, str]]:
     rng = np.random.default_rng(3)
     small = rng.integers(0, 256, (6, 9, 3), dtype=np.uint8)
     rgb = Image.fromarray(small).resize((90, 60), Image.Resampling.BICUBIC)
-    gray16 = Image.fromarray(np.asarray(rgb.convert("L")).astype(np.uint16) * 257)
+    gray16 = Image.fromarray(np.asarray(rgb.convert("L")).astype(np.uint16) * 256 + 99)
     jpeg = encoded(rgb)
     junk = jpeg[:2] + b"junk" + jpeg[2:]
     return {
@@ -682,6 +682,9 @@ def test_bad_archives(
     assert captured.err.startswith("error: ")
     assert captured.err.count("\n") == 1
     assert not list((tmp_path / "o").glob("*.json")) + list((tmp_path / "o").glob("*.arrow"))
+    # noticed before any work is done, but for what only reading everything can show
+    late = spoil in (_a_damaged_inner_header, _a_name_with_a_newline)
+    assert bool(list((tmp_path / "o").glob("*/*.tar"))) == late
 
 
 def test_bad_urls_and_options(archives: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

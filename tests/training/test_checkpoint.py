@@ -13,11 +13,9 @@ from orchestrator.storage import Storage
 from orchestrator.training.checkpoint import (
     Checkpoints,
     Snapshot,
-    SupersededError,
-    newest_attempt,
     newest_journal,
-    next_attempt,
 )
+from orchestrator.training.run import SupersededError, newest_attempt, next_attempt
 
 
 def snapshot(step: int, error: float | None = None) -> Snapshot:

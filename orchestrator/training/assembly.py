@@ -1,0 +1,94 @@
+"""From a config to the parts of a run: model, views, arithmetic."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from orchestrator import models
+from orchestrator.config import MeanKind, Precision, TrainConfig
+from orchestrator.data.pipeline import DecodeSettings, Mean
+from orchestrator.data.shards import DataSet
+from orchestrator.data.views import ColourAxes, TestView, TrainView
+
+
+def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
+    """The config's model for ``num_classes`` classes, initialized from the current random state. Raises ValueError."""
+    m = config.model
+    return models.build(
+        m.family,
+        m.depth,
+        num_classes=num_classes,
+        image_size=config.input.crop_px,
+        shortcut=m.shortcut,
+        stride_on=m.stride_on,
+        pool=m.pool,
+        zero_gamma=m.zero_gamma,
+    )
+
+
+def views_of(config: TrainConfig, data: DataSet) -> tuple[TrainView, TestView, Mean, ColourAxes]:
+    """Training view, test view, mean and colour axes that the config asks for. Raises ValueError."""
+    i = config.input
+    view = TrainView(
+        crop=i.crop_px,
+        style=i.crop_style,
+        scale_min=i.scale_min_px,
+        scale_max=i.scale_max_px,
+        area_min=i.area_min,
+        flip=i.flip,
+        colour_std=i.colour_std,
+    )
+    statistics = data.statistics()
+    match i.mean:
+        case MeanKind.PIXEL:
+            image = torch.from_numpy(statistics["mean_image"]).unsqueeze(0)
+            size = (i.crop_px, i.crop_px)
+            if image.shape[-2:] != size:
+                # The mean of resized views is the resized mean of the views, up to rounding.
+                image = F.interpolate(image, size=size, mode="bilinear", antialias=True, align_corners=False)
+            mean = Mean(image.squeeze(0).numpy())
+        case MeanKind.CHANNEL:
+            mean = Mean(statistics["channel_mean"].astype(np.float32))
+    axes = ColourAxes(statistics["eigenvalues"], statistics["eigenvectors"])
+    return view, TestView(i.crop_px, i.test_shorter_side_px), mean, axes
+
+
+def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | None:
+    """What convolutions and products compute in; None: float32 throughout."""
+    on_gpu = device.type == "cuda"
+    match precision:
+        case Precision.FP32:
+            return None
+        case Precision.BF16:
+            return torch.bfloat16
+        case Precision.AUTO:
+            return torch.bfloat16 if on_gpu and torch.cuda.is_bf16_supported() else None
+
+
+def decode_settings(config: TrainConfig, device: torch.device, num_threads: int) -> DecodeSettings:
+    """How DALI decodes for a worker on ``device``."""
+    return DecodeSettings(
+        device=device.type,
+        device_id=device.index or 0,
+        num_threads=num_threads,
+        prefetch_batches=config.placement.prefetch_batches,
+        hw_decoder_share=config.numerics.hw_decoder_share,
+        half=autocast_dtype(config.numerics.precision, device) is not None,
+    )
+
+
+def set_arithmetic(device: torch.device, *, num_threads: int, deterministic: bool) -> None:
+    """Process-wide settings of torch. A CPU repeats itself in any case, at one number of threads."""
+    torch.set_num_threads(num_threads)
+    if device.type != "cuda":
+        return
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with a fixed workspace
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cudnn.deterministic = deterministic

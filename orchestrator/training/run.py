@@ -1,0 +1,106 @@
+"""The folder of a run in storage: whose it is, how often it was started, how it ended.
+
+::
+
+    config.json            identity: everything that makes two runs the same run, data digest included
+    attempts/000001.json   one a start, created exclusively: the highest number owns the run
+    checkpoints/           see checkpoint.py
+    finished.json          the outcome, published last
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+from orchestrator.config import TrainConfig, differences, digest
+from orchestrator.data.shards import DataSet
+from orchestrator.storage import Storage
+
+
+class SupersededError(RuntimeError):
+    """Another driver has started the same run: this one must not write any more."""
+
+
+def run_storage(config: TrainConfig) -> Storage:
+    """The folder of the run."""
+    return Storage(config.storage).sub(config.name)
+
+
+# -- identity -------------------------------------------------------------------------------------------------------
+
+
+def fix_identity(run: Storage, config: TrainConfig, data: DataSet) -> None:
+    """Write the identity of a new run. Raises ValueError where the name is taken by another."""
+    run.create("config.json", _identity_bytes(config, data))
+    check_identity(run, config, data)
+
+
+def check_identity(run: Storage, config: TrainConfig, data: DataSet) -> None:
+    """Refuse a changed config, or other data, under the name of an old run. Raises ValueError."""
+    try:
+        old = json.loads(run.read("config.json"))["identity"]
+    except FileNotFoundError:
+        return
+    except (ValueError, KeyError):
+        raise ValueError(f"{run.url}/config.json is damaged: restore it, or choose another --name") from None
+    new = json.loads(_identity_bytes(config, data))["identity"]
+    changed = differences(old, new)
+    if changed:
+        raise ValueError(
+            f"run {config.name!r} exists with another config (old → new): {'; '.join(changed)}. "
+            "Use the old values to go on with it, or choose another --name"
+        )
+
+
+def _identity_bytes(config: TrainConfig, data: DataSet) -> bytes:
+    identity = config.identity() | {"data_sha256": data.digest}
+    return json.dumps({"sha256": digest(identity), "identity": identity}, indent=1, sort_keys=True).encode()
+
+
+# -- attempts -------------------------------------------------------------------------------------------------------
+
+
+def next_attempt(run: Storage, who: dict[str, Any]) -> int:
+    """Number of this start of the run, taken exclusively. The highest number owns the run."""
+    number = newest_attempt(run) + 1
+    while not run.create(f"attempts/{number:06d}.json", json.dumps(who).encode()):
+        number += 1
+    return number
+
+
+def newest_attempt(run: Storage) -> int:
+    """The highest attempt so far, 0 before the first."""
+    names = run.list("attempts")
+    return int(PurePosixPath(names[-1]).stem) if names else 0
+
+
+# -- outcome --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: errors in percent, of the last validation; SHA-256 over all weights and buffers."""
+
+    steps: int
+    validation_top1_error: float
+    validation_top5_error: float
+    best_validation_top1_error: float
+    checkpoint: str
+    best_checkpoint: str
+    weights_sha256: str
+
+
+def finish(run: Storage, outcome: Outcome) -> None:
+    """Record that the run is done."""
+    run.publish("finished.json", json.dumps(asdict(outcome), indent=1, sort_keys=True).encode())
+
+
+def finished(run: Storage) -> Outcome | None:
+    """The outcome of a run that is done, else None."""
+    try:
+        return Outcome(**json.loads(run.read("finished.json")))
+    except FileNotFoundError:
+        return None

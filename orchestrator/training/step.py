@@ -1,0 +1,116 @@
+"""One optimizer step of a classification network over this worker's share of the global batch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from orchestrator.config import BatchConfig, OptimizerConfig
+from orchestrator.data.pipeline import Batch
+from orchestrator.data.sampling import Purpose, mix64
+from orchestrator.models import RunningStatistics, share_groups
+from orchestrator.training.meters import Meter, Totals, cross_entropy
+from orchestrator.training.optimization import SGD
+from orchestrator.world import World, share_of
+
+
+class ClassificationStep:
+    """Forward, backward, reduction and update; top-1 and top-5 errors and loss are added up on the way.
+
+    The batch-norm group is the unit of work: this worker's groups go through the network one after another, gradients
+    add up and are reduced over the workers with the last group, running statistics advance once.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        world: World,
+        batch: BatchConfig,
+        optimizer: OptimizerConfig,
+        *,
+        autocast: torch.dtype | None,
+        crop_px: int,
+        seed: int,
+    ) -> None:
+        """``model`` is on the world's device. Collective. Raises ValueError where workers cannot share the groups."""
+        self.model, self.optimizer = model, SGD(model, **asdict(optimizer))
+        self.share = share_of(world.rank, world.size, batch.global_batch_size, batch.bn_group_size)
+        self._world, self._batch, self._autocast, self._seed = world, batch, autocast, seed
+        share_groups(model, world.group_sum(self.share.sharers), self.share.sharers)
+        self._statistics = RunningStatistics(model)
+        self._parallel = world.distribute(model)
+        self._meter = Meter(world.device)
+        self._has_dropout = any(isinstance(m, nn.Dropout) for m in model.modules())
+        model.train()
+        if world.size > 1:
+            self._settle_buckets(crop_px)
+
+    def positions(self, step: int) -> np.ndarray:
+        """Stream positions [N] int64 of this worker's images in ``step``."""
+        return self.share.positions(step, self._batch.global_batch_size, self._batch.bn_group_size)
+
+    def __call__(self, batch: Batch, step: int, lr: float) -> None:
+        """Do optimizer step ``step`` at learning rate ``lr``. Does not wait for the device."""
+        share = self.share
+        for number in range(share.num_groups):
+            group = slice(number * share.images_per_group, (number + 1) * share.images_per_group)
+            images, labels = batch.images[group], batch.labels[group]
+            if self._has_dropout:
+                torch.manual_seed(_dropout_seed(self._seed, step, share.first_group + number, share.first_image))
+            with self._world.reducing(self._parallel, now=number == share.num_groups - 1):
+                with torch.autocast(images.device.type, self._autocast, enabled=self._autocast is not None):
+                    logits = self._parallel(images)
+                losses = cross_entropy(logits, labels)
+                (losses.sum() / self._batch.global_batch_size).backward()
+            self._statistics.accumulate()
+            self._meter.add(logits.detach().float(), labels, losses.detach())
+        self._statistics.advance(self._world.sum_, self._batch.global_batch_size // self._batch.bn_group_size)
+        self.optimizer.step(lr)
+        self.optimizer.zero_grad()
+
+    def take_totals(self) -> Totals:
+        """Sums over all workers since the last call. Collective; waits for the device."""
+        return self._meter.take(self._world.sum_)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Copies in host memory of all that training changes: model/<name> and momentum/<name>."""
+        state = {f"model/{name}": t for name, t in self.model.state_dict().items()}
+        state |= {f"momentum/{name}": t for name, t in self.optimizer.momentum().items()}
+        return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in state.items()}
+
+    def load(self, tensors: dict[str, Tensor], lr: float) -> None:
+        """Go on from ``tensors()`` of a run whose last step had learning rate ``lr``. Raises ValueError."""
+        weights, momentum = (
+            {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+            for prefix in ("model/", "momentum/")
+        )
+        try:
+            self.model.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ValueError(f"the checkpoint is of another model: {error}") from None
+        self.optimizer.load(momentum, lr)
+
+    def _settle_buckets(self, crop_px: int) -> None:
+        """Two forward and backward passes that nobody sees.
+
+        DDP lays its gradient buckets out anew after the first step, and a ring's order of additions follows the
+        layout: without this, the first step after a restart would add in another order than the same step of an
+        unbroken run.
+        """
+        images = torch.zeros(self.share.images_per_group, 3, crop_px, crop_px, device=self._world.device)
+        for _ in range(2):
+            with torch.autocast(images.device.type, self._autocast, enabled=self._autocast is not None):
+                logits = self._parallel(images.contiguous(memory_format=torch.channels_last))
+            logits.float().sum().backward()
+        self._parallel.zero_grad(set_to_none=False)
+        self._statistics.discard()
+
+
+def _dropout_seed(seed: int, step: int, group: int, first_image: int) -> int:
+    key = np.array([seed], np.uint64)
+    for part in (step, group, first_image, Purpose.DROPOUT.value):
+        key = mix64(key ^ np.uint64(part))
+    return int(key[0] >> np.uint64(1))

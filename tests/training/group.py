@@ -1,0 +1,162 @@
+"""Training runs in plain process groups of real processes, for tests: start, watch, kill, read what is left."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from orchestrator.config import (
+    BatchConfig,
+    InputConfig,
+    ModelConfig,
+    PolicyKind,
+    RhythmConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+from orchestrator.data.shards import DataSet
+from orchestrator.storage import Storage
+from orchestrator.training.checkpoint import Checkpoints, Snapshot
+from orchestrator.training.run import finished, fix_identity, next_attempt
+from orchestrator.training.trainer import train
+from orchestrator.world import World
+
+# A fork of a process that has imported torch starts in a moment.
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["torch", "orchestrator.training.trainer", "nvidia.dali.fn", "nvidia.dali.types"])
+
+
+def small_config(data: Path, storage: Path, name: str, **fields: Any) -> TrainConfig:
+    """ResNet-18 on 32 × 32 pixels: 45 MB of gradients (three buckets), 8 steps of three batch-norm groups of 8."""
+    config = TrainConfig(
+        data=str(data),
+        storage=str(storage),
+        name=name,
+        model=ModelConfig(depth=18),
+        input=InputConfig(crop_px=32, scale_min_px=36, scale_max_px=68, test_shorter_side_px=36),
+        batch=BatchConfig(global_batch_size=24, bn_group_size=8),
+        schedule=ScheduleConfig(max_steps=8, lr=0.003, policy=PolicyKind.PLATEAU, plateau_window=1),
+        rhythm=RhythmConfig(
+            log_every_steps=1,
+            checkpoint_every_steps=3,
+            validate_every_epochs=0.5,
+            validation_batch_size=12,
+            keep_last=10,
+        ),
+    )
+    return replace(config, **fields)
+
+
+class Group:
+    """The processes of one start of a run."""
+
+    def __init__(self, config: TrainConfig, size: int) -> None:
+        run = Storage(config.storage).sub(config.name)
+        self.run_path = Path(run.root)
+        self.run_path.mkdir(parents=True, exist_ok=True)
+        fix_identity(run, config, DataSet(Storage(config.data)))
+        attempt = next_attempt(run, {})
+        self.events_path = self.run_path / f"events-{attempt}.jsonl"
+        rendezvous = self.run_path / f"rendezvous-{attempt}"
+        self.processes = [
+            _CONTEXT.Process(
+                target=_work,
+                args=(rank, size, str(rendezvous), config.to_json(), attempt, str(self.events_path)),
+            )
+            for rank in range(size)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def events(self) -> list[dict[str, Any]]:
+        if not self.events_path.exists():
+            return []
+        lines = self.events_path.read_text().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def kill_when(self, reached: Callable[[dict[str, Any]], bool], timeout_s: float = 120) -> None:
+        """SIGKILL every process once an event satisfies ``reached``."""
+        deadline_s = time.monotonic() + timeout_s
+        while not any(reached(event) for event in self.events()):
+            assert time.monotonic() < deadline_s, self.events()
+            assert all(p.is_alive() for p in self.processes), [p.exitcode for p in self.processes]
+            time.sleep(0.01)
+        for process in self.processes:
+            assert process.pid is not None
+            os.kill(process.pid, signal.SIGKILL)
+        for process in self.processes:
+            process.join()
+
+    def wait(self, timeout_s: float = 240) -> list[int | None]:
+        """Exit codes, rank by rank."""
+        deadline_s = time.monotonic() + timeout_s
+        for process in self.processes:
+            process.join(max(0.1, deadline_s - time.monotonic()))
+        codes = [p.exitcode for p in self.processes]
+        for process in self.processes:
+            if process.is_alive():
+                process.kill()
+        return codes
+
+
+def run_to_end(config: TrainConfig, size: int) -> Path:
+    """Train with ``size`` processes; the folder of the run."""
+    group = Group(config, size)
+    assert group.wait() == [0] * size
+    return group.run_path
+
+
+def open_run(run_path: Path) -> Checkpoints:
+    def fail(notice: str) -> None:
+        raise AssertionError(notice)
+
+    return Checkpoints(Storage(str(run_path)), attempt=0, keep_last=1, notice=fail)
+
+
+def last_snapshot(run_path: Path) -> Snapshot:
+    found = open_run(run_path).newest()
+    assert found is not None
+    return found
+
+
+def history(journal: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The journal without what a clock says."""
+    clocks = {"images_per_s", "data_wait_share", "validation_s"}
+    return [
+        {
+            k: ({m: x for m, x in v.items() if m not in clocks} if k == "metrics" else v)
+            for k, v in e.items()
+            if k != "time_ms"
+        }
+        for e in journal
+    ]
+
+
+def weights_digest(run_path: Path) -> str:
+    outcome = finished(Storage(str(run_path)))
+    assert outcome is not None
+    return outcome.weights_sha256
+
+
+def _work(rank: int, size: int, rendezvous: str, config: dict[str, Any], attempt: int, events: str) -> None:
+    torch.set_num_threads(1)
+    if size > 1:
+        dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size)
+    with Path(events).open("a", buffering=1) as stream:
+
+        def emit(event: dict[str, Any]) -> None:
+            stream.write(json.dumps(event) + "\n")
+
+        world = World(rank, size)
+        train(TrainConfig.from_json(config), world, attempt=attempt, cpus=1, emit=emit)
+    world.leave()
