@@ -2,86 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-import logging
-import os
 import queue
 import resource
-import secrets
-import socket
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
 from typing import TypeVar
+
+from orchestrator.ray_session import ray_session
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-@contextmanager
-def ray_session(address: str | None = None, num_cpus: int | None = None) -> Iterator[int]:
-    """A connection to the Ray cluster at ``address`` or RAY_ADDRESS, else to one started here; yields its CPU count.
-
-    The machines of a cluster that is joined have this project installed, or in the job's working directory. A process
-    that is connected already stays so. Raises ValueError where the cluster cannot be reached.
-    """
-    address = address or os.environ.get("RAY_ADDRESS")
-    with tempfile.TemporaryDirectory(prefix="data-prep-") as folder:
-        settings = {"RAY_USAGE_STATS_ENABLED": "0"}
-        if not address:
-            # Started processes inherit it; the project need not be installed.
-            path = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-            settings["PYTHONPATH"] = os.pathsep.join(path)
-            if not os.environ.keys() & {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}:
-                # Else ray.init makes one that the whole machine can read. A cluster that is joined has its own.
-                settings["RAY_AUTH_TOKEN_PATH"] = f"{folder}/token"
-                with os.fdopen(os.open(f"{folder}/token", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
-                    stream.write(_token())
-        before = {name: os.environ.get(name) for name in settings}
-        os.environ.update(settings)
-        try:
-            # Ray reads some of its settings when it is imported.
-            import ray
-
-            if ray.is_initialized():
-                yield int(ray.cluster_resources().get("CPU", 1))
-                return
-            if address:
-                _check_reachable(address)
-            quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
-            # object_store_memory: nothing large passes through it
-            start = {"num_cpus": num_cpus, "include_dashboard": False, "object_store_memory": 100 << 20}
-            try:
-                ray.init(**({"address": address} if address else start), **quiet)
-            except (ConnectionError, RuntimeError, ValueError) as error:
-                where = f"the Ray cluster at {address}" if address else "a local Ray cluster"
-                raise ValueError(f"{where} cannot be used: {error} (--num-tasks 0 works without Ray)") from None
-            try:
-                yield int(ray.cluster_resources().get("CPU", 1))
-            finally:
-                ray.shutdown()
-        finally:
-            for name, value in before.items():
-                os.environ.pop(name) if value is None else os.environ.update({name: value})
-
-
-@functools.cache
-def _token() -> str:
-    """One for all sessions of this process: Ray reads the token once and keeps it."""
-    return secrets.token_hex(32)
-
-
-def _check_reachable(address: str) -> None:
-    """Ray itself tries for more than a minute. Raises ValueError."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if port.isdigit():
-        try:
-            socket.create_connection((host, int(port)), timeout=10).close()
-        except OSError as error:
-            raise ValueError(f"no Ray cluster answers at {address} ({error}): --num-tasks 0 works without") from None
 
 
 def fan_out(
@@ -101,8 +32,8 @@ def fan_out(
     if num_tasks is not None and num_tasks <= 1:
         yield from _in_process(function, items, beside)
         return
-    with ray_session(ray_address, num_tasks) as num_cpus:
-        yield from _in_ray(function, items, beside, num_tasks or num_cpus)
+    with ray_session(ray_address, num_tasks) as cluster:
+        yield from _in_ray(function, items, beside, num_tasks or cluster.cpus)
 
 
 def peak_rss_bytes() -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import secrets
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,10 +24,9 @@ class Node:
 
 @dataclass(frozen=True)
 class Cluster:
-    """What a connected Ray cluster has, and whether this process started it."""
+    """What a connected Ray cluster has."""
 
     nodes: tuple[Node, ...]
-    is_ours: bool
 
     @property
     def cpus(self) -> int:
@@ -40,40 +41,70 @@ class Cluster:
 def ray_session(address: str | None = None, num_cpus: int | None = None) -> Iterator[Cluster]:
     """A connection to the Ray cluster at ``address`` or RAY_ADDRESS, else to one started here.
 
-    Raises ValueError where the cluster cannot be reached.
+    The machines of a cluster that is joined have this project installed, or in the job's working directory. A process
+    that is connected already stays so. Raises ValueError where the cluster cannot be reached.
     """
     address = address or os.environ.get("RAY_ADDRESS")
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     with tempfile.TemporaryDirectory(prefix="ray-token-") as folder:
-        if not address and not os.environ.keys() & {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}:
-            # Else ray.init makes one that the whole machine can read. A cluster that is joined has its own.
-            token = Path(folder) / "token"
-            descriptor = os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "w") as stream:
-                stream.write(secrets.token_hex(32))
-            os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
-        # Ray reads its settings from the environment when it is imported.
-        import ray
+        settings = {"RAY_USAGE_STATS_ENABLED": "0"}
+        if not address:
+            # Started processes inherit it; the project need not be installed.
+            path = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+            settings["PYTHONPATH"] = os.pathsep.join(path)
+            if not os.environ.keys() & {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}:
+                # Else ray.init makes one that the whole machine can read. A cluster that is joined has its own.
+                settings["RAY_AUTH_TOKEN_PATH"] = f"{folder}/token"
+                with os.fdopen(os.open(f"{folder}/token", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
+                    stream.write(_token())
+        before = {name: os.environ.get(name) for name in settings}
+        os.environ.update(settings)
+        try:
+            # Ray reads some of its settings when it is imported.
+            import ray
 
-        quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
-        try:
+            if ray.is_initialized():
+                yield _cluster()
+                return
             if address:
-                ray.init(address=address, **quiet)
-            else:
-                ray.init(
-                    num_cpus=num_cpus,
-                    include_dashboard=False,
-                    object_store_memory=100 << 20,  # bytes; nothing large passes through it
-                    **quiet,
-                )
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            where = f"the Ray cluster at {address}" if address else "a local Ray cluster"
-            raise ValueError(f"{where} cannot be used: {error}") from None
-        try:
-            alive = [n["Resources"] for n in ray.nodes() if n["Alive"]]
-            nodes = tuple(Node(int(r.get("CPU", 0)), int(r.get("GPU", 0))) for r in alive)
-            yield Cluster(nodes, is_ours=not address)
+                _check_reachable(address)
+            quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
+            # object_store_memory, bytes: nothing large passes through it
+            start = {"num_cpus": num_cpus, "include_dashboard": False, "object_store_memory": 100 << 20}
+            try:
+                ray.init(**({"address": address} if address else start), **quiet)
+            except (ConnectionError, RuntimeError, ValueError) as error:
+                where = f"the Ray cluster at {address}" if address else "a local Ray cluster"
+                raise ValueError(f"{where} cannot be used: {error}") from None
+            try:
+                yield _cluster()
+            finally:
+                ray.shutdown()
         finally:
-            ray.shutdown()
-            if os.environ.get("RAY_AUTH_TOKEN_PATH", "").startswith(folder):
-                del os.environ["RAY_AUTH_TOKEN_PATH"]
+            for name, value in before.items():
+                os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@functools.cache
+def _token() -> str:
+    """One for all sessions of this process: Ray reads the token once and keeps it."""
+    return secrets.token_hex(32)
+
+
+def _cluster() -> Cluster:
+    import ray
+
+    alive = [n["Resources"] for n in ray.nodes() if n["Alive"]]
+    return Cluster(tuple(Node(int(r.get("CPU", 0)), int(r.get("GPU", 0))) for r in alive))
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself tries for more than a minute. Raises ValueError."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except OSError as error:
+            raise ValueError(
+                f"no Ray cluster answers at {address} ({error}): start it, or clear the address and RAY_ADDRESS "
+                "for a local one"
+            ) from None

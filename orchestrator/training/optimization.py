@@ -177,7 +177,8 @@ class SGD:
             raise ValueError("the checkpoint's momentum is of another model")
         for name, p in self._names.items():
             if momentum:
-                self._optimizer.state[p]["momentum_buffer"] = momentum[name].to(p.device, copy=True).view_as(p)
+                # In the parameter's memory format: the fused kernel refuses any other.
+                self._optimizer.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(momentum[name])
             else:
                 self._optimizer.state.pop(p, None)
         self.lr = lr

@@ -1,0 +1,50 @@
+# `make demo` and `make test` do all their own set-up: a virtual environment in .venv, exact versions from constraints.txt.
+SHELL := /bin/bash
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+DEMO := build/demo
+export RAY_USAGE_STATS_ENABLED := 0
+export MLFLOW_DISABLE_TELEMETRY := true
+
+.PHONY: demo test lint types setup golden clean
+.DELETE_ON_ERROR:
+
+setup: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@echo "== setting up $(VENV) (about two minutes)"
+	python3 -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: setup
+	@echo "== 1/4 archives in ILSVRC's layout, generated"
+	$(PYTHON) -m data_prep.demo --out $(DEMO)/archives
+	@echo "== 2/4 archives → shards"
+	$(PYTHON) -m data_prep.ilsvrc $(DEMO)/archives --out $(DEMO)/data
+	@echo "== 3/4 what the network sees"
+	$(PYTHON) jobs/contact_sheet.py resnet18_64px --data $(DEMO)/data --out $(DEMO)/contact_sheet.png
+	@echo "== 4/4 training on Ray, recorded in MLflow"
+	MLFLOW_TRACKING_URI=sqlite:///$(CURDIR)/$(DEMO)/mlflow.db $(PYTHON) jobs/imagenet.py demo \
+		--data $(DEMO)/data --storage $(DEMO)/runs --name demo
+	@echo "== done: everything lies in $(DEMO). The same command finds all of it finished; 'make clean' starts afresh."
+
+test: lint types
+	@echo "== tests (REAL_DATA=$${REAL_DATA:-, so tests on real images are skipped})"
+	$(PYTHON) -m pytest
+
+lint: setup
+	@echo "== lint"
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: setup
+	@echo "== types"
+	$(VENV)/bin/mypy
+
+golden: setup
+	@echo "== golden losses of this tree against the parent commit"
+	$(PYTHON) -m tests.golden --against HEAD~1
+
+clean:
+	rm -rf build
