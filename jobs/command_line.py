@@ -69,6 +69,7 @@ def run(config: TrainConfig) -> int:
     console = Console(stderr=False, highlight=False)
     under_torchrun = "RANK" in os.environ
     is_first = os.environ.get("RANK", "0") == "0"
+    config = supervisor.resolve(config)
     data = supervisor.check(config)
     uri = default_uri(config.tracking.uri or None, Path.cwd())
     warning = check_tracking(uri)

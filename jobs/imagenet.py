@@ -76,6 +76,14 @@ def resnet18_64px() -> TrainConfig:
     )
 
 
+def demo() -> TrainConfig:
+    """``make demo``: resnet18_64px on 480 generated images, 20 epochs with a quick plateau rule. Two to three
+    minutes on 2 CPUs; the validation error falls from 87.5 % (chance) to about 50 %."""
+    base = resnet18_64px()
+    schedule = replace(base.schedule, max_epochs=20, plateau_window=3, plateau_min_steps=75, plateau_max_drops=2)
+    return replace(base, schedule=schedule, rhythm=replace(base.rhythm, log_every_steps=10))
+
+
 def _depth(depth: int) -> TrainConfig:
     return replace(resnet50(), model=ModelConfig(depth=depth))
 
@@ -92,6 +100,7 @@ RECIPES = {
         plain18,
         plain34,
         resnet18_64px,
+        demo,
     )
 }
 

@@ -55,14 +55,14 @@ def read_journal(lines: Iterable[str]) -> list[dict[str, Any]]:
 
 @dataclass
 class Curve:
-    """What is drawn of one run: errors in percent (0..100) by iteration, and each new learning rate by iteration.
+    """What is drawn of one run: errors in percent (0..100) by iteration, and the learning rates decided on.
 
     An iteration that occurs twice (a run resumed from an earlier checkpoint) keeps its later value.
     """
 
     training: dict[int, float] = field(default_factory=dict)
     validation: dict[int, float] = field(default_factory=dict)
-    drops: dict[int, float] = field(default_factory=dict)
+    learning_rates: dict[int, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, events: Iterable[Mapping[str, Any]]) -> Curve:
@@ -82,14 +82,15 @@ class Curve:
                 _put(self.training, step, event.get("metrics"), "train_top1_error")
             case EventKind.VALIDATION:
                 _put(self.validation, step, event.get("metrics"), "validation_top1_error")
-            case EventKind.DECISION:
+            case EventKind.DECISION:  # of "stop" the two rates are one
+                key = "learning_rate"
                 decision = event.get("decision")
-                if isinstance(decision, Mapping) and decision.get("action") == "drop":
-                    _put(self.drops, step, decision, "learning_rate")
+                if isinstance(decision, Mapping) and decision.get("learning_rate_before") != decision.get(key):
+                    _put(self.learning_rates, step, decision, key)
 
     def copy(self) -> Curve:
         """A copy that later events do not change."""
-        return Curve(dict(self.training), dict(self.validation), dict(self.drops))
+        return Curve(dict(self.training), dict(self.validation), dict(self.learning_rates))
 
     def is_empty(self) -> bool:
         """True while there is no error to draw."""
@@ -114,8 +115,8 @@ def draw_curves(curve_by_run: Mapping[str, Curve], path: Path, *, title: str) ->
     """Draw ``curve_by_run`` into the PNG ``path``, which appears whole or not at all. Any thread may call this.
 
     Thin dashed lines are training errors (averaged over neighbouring iterations where there are more than 500 points),
-    bold solid lines validation errors, thin vertical lines the drops of the learning rate with its new value. Runs
-    differ in marker and lightness as well as in colour, so the figure reads in black and white.
+    bold solid lines validation errors, thin vertical lines the policy's changes of the learning rate with its new
+    value. Runs differ in marker and lightness as well as in colour, so the figure reads in black and white.
     Raises ValueError if no run has an error to draw, OSError if ``path`` cannot be written.
     """
     curves = {name: curve for name, curve in curve_by_run.items() if not curve.is_empty()}
@@ -176,7 +177,7 @@ def draw_curves(curve_by_run: Mapping[str, Curve], path: Path, *, title: str) ->
     if unit == 1:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylim(*_error_range(list(curves.values()), last_step))
-    _draw_drops(axes, curves, unit, last_step)
+    _draw_learning_rates(axes, curves, unit, last_step)
     axes.set_xlabel("iterations (1e4)" if unit > 1 else "iterations")
     axes.set_ylabel("top-1 error (%)")
     # Names are the user's: a `$` in one is not mathematics.
@@ -201,12 +202,12 @@ def draw_curves(curve_by_run: Mapping[str, Curve], path: Path, *, title: str) ->
         temporary.unlink(missing_ok=True)
 
 
-def _draw_drops(axes: Any, curves: Mapping[str, Curve], unit: int, last_step: int) -> None:
-    """A thin line at each drop. Runs that drop to one rate at about the same time share a label, at the last of their
+def _draw_learning_rates(axes: Any, curves: Mapping[str, Curve], unit: int, last_step: int) -> None:
+    """A thin line at each change. Runs that go to one rate at about the same time share a label, at the last of their
     lines; a label that would cover its left neighbour goes a line lower."""
-    drops = sorted({(step, rate) for curve in curves.values() for step, rate in curve.drops.items()})
+    changes = {(step, rate) for curve in curves.values() for step, rate in curve.learning_rates.items()}
     steps_by_label: list[tuple[float, list[int]]] = []
-    for step, rate in sorted(drops, key=lambda drop: (drop[1], drop[0])):
+    for step, rate in sorted(changes, key=lambda change: (change[1], change[0])):
         axes.axvline(step / unit, color="0.45", linewidth=0.7, linestyle=(0, (1, 1.5)), zorder=1)
         if steps_by_label and rate == steps_by_label[-1][0] and step - steps_by_label[-1][1][-1] < 0.06 * last_step:
             steps_by_label[-1][1].append(step)

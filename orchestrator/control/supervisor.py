@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from orchestrator.config import TrainConfig
@@ -77,6 +77,12 @@ def check(config: TrainConfig) -> DataSet:
     return data
 
 
+def resolve(config: TrainConfig) -> TrainConfig:
+    """``config`` with absolute URLs: workers have other working directories. Raises ValueError for an unusable URL."""
+    absolute = {key: Storage(getattr(config, key)).url for key in ("data", "storage") if getattr(config, key)}
+    return replace(config, **absolute)
+
+
 def place(config: TrainConfig, cluster: Cluster) -> Placement:
     """Workers for this cluster. Raises ValueError where a fixed-size cluster has too few CPUs or GPUs."""
     p, batch = config.placement, config.batch
@@ -107,6 +113,7 @@ def run_job(config: TrainConfig, listen: Listener) -> Outcome:
     ``listen`` takes the events of the run (``trainer.train``) in a thread of this process. Raises ValueError for what
     the user must mend, RunFailedError where the run could not be finished.
     """
+    config = resolve(config)
     data = check(config)
     run = run_storage(config)
     done = finished(run)
@@ -121,6 +128,7 @@ def run_job(config: TrainConfig, listen: Listener) -> Outcome:
 
 def run_in_process_group(config: TrainConfig, listen: Listener) -> Outcome:
     """The same without Ray: this process is one worker of the group that torchrun's environment describes."""
+    config = resolve(config)
     data = check(config)
     run = run_storage(config)
     done = finished(run)
@@ -155,7 +163,7 @@ def _fit(config: TrainConfig, placement: Placement, run: Storage, attempt: int, 
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    mailbox = ray.remote(num_cpus=0, max_concurrency=4)(Mailbox).options(scheduling_strategy=here).remote()
+    mailbox = ray.remote(num_cpus=0)(Mailbox).options(scheduling_strategy=here).remote()
     resources: dict[str, float] = {"CPU": placement.cpus_per_worker}
     if placement.use_gpu:
         resources["GPU"] = 1

@@ -315,6 +315,7 @@ class _Feed:
     def close(self) -> None:
         """Stop reading ahead and free the pipeline."""
         self._threads.shutdown(wait=True, cancel_futures=True)
+        self.split.close()
         self._reading.clear()
         self._decoding.clear()
         del self._decoder

@@ -266,6 +266,10 @@ class Split:
             requests.append((self.info.shards[self.shard[i]].name, start, start + int(self.nbytes[i])))
         return [np.frombuffer(data, np.uint8) for data in self._reader.read(requests)]
 
+    def close(self) -> None:
+        """Close the shards that are open; a later ``read`` opens them again."""
+        self._reader.close()
+
 
 class _Reader:
     """Ranged reads. Local shards are read with pread: a file truncated underneath is an OSError, not a SIGBUS."""
@@ -280,6 +284,10 @@ class _Reader:
         if not self._storage.is_local:
             return self._storage.read_ranges(requests)
         return [self._pread(*request) for request in requests]
+
+    def close(self) -> None:
+        while self._files:
+            self._files.popitem()[1].close()
 
     def _pread(self, name: str, start: int, stop: int) -> bytes:
         file = self._files.get(name)

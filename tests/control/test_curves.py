@@ -25,8 +25,13 @@ def journal(*, num_steps: int = 60, every: int = 1, offset: float = 0.0) -> list
         if step % (10 * every) == 0:
             events.append({"kind": "validation", "step": step, "metrics": {"validation_top1_error": error}})
         if step == num_steps // 2:
-            events.append({"kind": "decision", "step": step, "decision": {"action": "drop", "learning_rate": 0.01}})
+            events.append(decision(step, "drop", 0.1, 0.01))
     return events
+
+
+def decision(step: int, action: str, before: float, after: float) -> dict[str, Any]:
+    rates = {"learning_rate_before": before, "learning_rate": after}
+    return {"kind": "decision", "step": step, "decision": {"action": action, **rates}}
 
 
 def grey(path: Path) -> np.ndarray:
@@ -50,13 +55,15 @@ def test_a_curve_takes_what_it_knows_and_passes_over_the_rest() -> None:
             {"kind": "train", "step": 2, "metrics": {"train_top1_error": float("nan")}},
             {"kind": "train", "step": 3, "metrics": {}},
             {"kind": "train", "metrics": {"train_top1_error": 1}},
-            {"kind": "decision", "step": 4, "decision": {"action": "keep", "learning_rate": 0.1}},
-            {"kind": "decision", "step": 5, "decision": {"action": "drop", "learning_rate": 0.01}},
+            decision(2, "warm", 0.01, 0.1),
+            decision(5, "drop", 0.1, 0.01),
+            decision(6, "stop", 0.01, 0.01),
+            {"kind": "decision", "step": 7, "decision": None},
             {"kind": "restart", "step": 5},
             {"kind": "train", "step": 1, "metrics": {"train_top1_error": 98.5}},  # trained again after a resume
         ]
     )
-    assert curve == Curve(training={1: 98.5}, drops={5: 0.01})
+    assert curve == Curve(training={1: 98.5}, learning_rates={2: 0.1, 5: 0.01})
 
 
 def test_several_runs_share_one_figure(tmp_path: Path) -> None:

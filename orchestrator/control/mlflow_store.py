@@ -1,0 +1,345 @@
+"""Where and how MLflow is reached; the only door to MLflow.
+
+``check`` tells at the start what can never work; ``MlflowRun`` is one run in the store, found again by its key. Nothing
+here is patient: a call that fails raises, and ``tracking`` tries again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib
+import logging
+import os
+import re
+import shlex
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+_log = logging.getLogger(__name__)
+
+_MAX_PARAMS_PER_CALL = 100
+_MONITOR_RETRY_S = 60.0
+_CHECK_TIMEOUT_S = 4.0
+
+_NOTE = """\
+A copy of the run's journal, which is kept with its checkpoints in `{key}`: the same command goes on with the run, here
+too. Steps are iterations, errors are percent. The error curves: Artifacts, `errors.png`.
+"""
+
+
+# -- where to track ---------------------------------------------------------------------------------------------
+
+
+def default_uri(explicit: str | None, folder: Path) -> str:
+    """The tracking URI: ``explicit``, else the environment's MLFLOW_TRACKING_URI, else SQLite in ``folder``.
+
+    SQLite paths become absolute, because workers have other working directories than the driver.
+    """
+    uri = explicit or os.environ.get("MLFLOW_TRACKING_URI")
+    if not uri:
+        return f"sqlite:///{folder.absolute() / 'mlflow.db'}"
+    path = _sqlite_path(uri)
+    _, question_mark, query = uri.partition("?")
+    return f"sqlite:///{path}{question_mark}{query}" if path else uri
+
+
+def check(uri: str) -> str | None:
+    """Raise ValueError, saying what to do, if ``uri`` can never work; takes about 5 s at most.
+
+    A server that does not answer now is no error, since training goes on without it: the returned string warns.
+    """
+    scheme = urlsplit(uri).scheme.lower()
+    match scheme.partition("+")[0]:
+        case "sqlite":
+            _check_sqlite(uri)
+        case "postgresql" | "mysql" | "mssql":
+            try:
+                importlib.import_module("sqlalchemy").create_engine(uri)  # loads the driver; connects later
+            except Exception as error:
+                raise ValueError(f"tracking URI {masked(uri)} cannot be used: {one_line(error)}") from None
+        case "http" | "https":
+            if not urlsplit(uri).hostname:
+                raise ValueError(f"tracking URI {masked(uri)} names no host: write http://host:port")
+            return _server_warning(uri)
+        case "" | "file":
+            # Its metrics are lines appended to a file: what is sent again after a time-out would appear twice.
+            raise ValueError(
+                f"tracking URI {masked(uri)} is a folder, MLflow's old file store: write sqlite:////absolute/mlflow.db"
+            )
+        case _:
+            raise ValueError(
+                f"tracking URI {masked(uri)} has the unknown scheme {scheme!r}: write sqlite:////absolute/mlflow.db,"
+                " http(s)://host:port, or a postgresql, mysql or mssql URI"
+            )
+    return None
+
+
+def masked(text: str) -> str:
+    """``text`` without the credentials of the URLs in it."""
+    text = re.sub(r"://[^/\s]*@", "://***@", text)
+    return re.sub(r"(?i)([?&](?:\w|-)*(?:password|passwd|pwd|token|secret|signature)=)[^&\s]+", r"\1***", text)
+
+
+def one_line(error: Exception) -> str:
+    """Kind and first line of an error, without credentials."""
+    text = masked(str(error)).strip().partition("\n")[0][:300]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _check_sqlite(uri: str) -> None:
+    path = _sqlite_path(uri)
+    if path is None:
+        raise ValueError(f"tracking URI {uri} keeps nothing: write sqlite:////absolute/mlflow.db")
+    if not path.parent.is_dir():
+        raise ValueError(f"tracking URI {uri}: the folder {path.parent} does not exist: create it or name another")
+    if not os.access(path if path.exists() else path.parent, os.W_OK) or path.is_dir():
+        raise ValueError(f"tracking URI {uri}: {path} is not a file that can be written: name another")
+    if path.exists():
+        with path.open("rb") as file:
+            if file.read(16) not in (b"", b"SQLite format 3\0"):
+                raise ValueError(f"tracking URI {uri}: {path} is not an SQLite database: name another file")
+
+
+def _sqlite_path(uri: str) -> Path | None:
+    """Absolute path of the database, or None for another kind of store or one in memory."""
+    if not uri.lower().startswith("sqlite:///") or ":memory:" in uri:
+        return None
+    # As SQLAlchemy reads it: three slashes and a relative path, four for an absolute one, and nothing is unquoted.
+    name = uri[len("sqlite:///") :].partition("?")[0]
+    return Path(name).absolute() if name else None
+
+
+def _server_warning(uri: str) -> str | None:
+    parts = urlsplit(uri)
+    host = parts.netloc.rpartition("@")[2]  # the health page asks for no password
+    page = urlunsplit((parts.scheme, host, f"{parts.path.rstrip('/')}/health", "", ""))
+    try:
+        urllib.request.urlopen(page, timeout=_CHECK_TIMEOUT_S).close()
+        return None
+    except urllib.error.HTTPError as error:
+        error.close()
+        if error.code < 500:  # it lives; a proxy may hide the page
+            return None
+        answer = f"answers {error.code} {error.reason}"
+    except (OSError, ValueError) as error:
+        answer = f"does not answer ({one_line(error)})"
+    return f"the tracking server {masked(uri)} {answer}: training goes on, and events are delivered once it takes them"
+
+
+# -- one run ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class MlflowRun:
+    """The run in ``experiment`` whose tag ``run_key`` is ``run_key``; for one thread.
+
+    ``params`` are logged once: a value that differs from the stored one is skipped with a warning. After a method has
+    raised, ``connect`` must be called before any other.
+    """
+
+    uri: str
+    experiment: str
+    name: str
+    run_key: str
+    params: Mapping[str, str]
+    tags: Mapping[str, str]
+    run_id: str | None = None
+    _client: Any = None
+    _experiment_id: str = ""
+    _num_creations: int = 0
+    _monitor: Any = None
+    _next_monitor_s: float = 0.0
+
+    def connect(self, start_time_ms: int | None) -> dict[str, set[int]]:
+        """Find the run or create it as of ``start_time_ms`` (default: now); return the steps it holds, by metric."""
+        if self._client is None:
+            self._client, self._experiment_id = _open(self.uri, self.experiment)
+        run = self._found_run() or self._created_run(start_time_ms)
+        if run.info.run_id != self.run_id:
+            self._describe(run)
+            if self.run_id is not None:
+                _log.warning(
+                    "tracking of %s: the MLflow run %s was deleted; a new one has what comes from now on, and the whole"
+                    " journal when the training run is started again",
+                    self.name,
+                    self.run_id,
+                )
+            self.run_id = run.info.run_id
+        if run.info.status != "RUNNING":
+            self._client.update_run(self.run_id, status="RUNNING")
+        # A call that timed out may still be stored after this reading. What is then sent again has the same key, step,
+        # time and value, which MLflow stores once.
+        return {
+            key: {metric.step for metric in self._client.get_metric_history(self.run_id, key)}
+            for key in run.data.metrics
+            if not key.startswith("system/")
+        }
+
+    def log(self, metrics: Iterable[tuple[str, float, int, int]], tags: Mapping[str, str]) -> None:
+        """Store metrics, (key, value, time in ms, step), and tags: at most 1000 together."""
+        from mlflow.entities import Metric, RunTag
+
+        self._client.log_batch(
+            self.run_id,
+            metrics=[Metric(*metric) for metric in metrics],
+            tags=[RunTag(key, value) for key, value in tags.items()],
+        )
+
+    def upload(self, path: Path) -> None:
+        """Store a file at the top, where MLflow's comparison of runs finds it."""
+        self._client.log_artifact(self.run_id, str(path))
+
+    def finish(self, status: str, end_time_ms: int | None) -> None:
+        """Set the run's status, as of ``end_time_ms`` (default: now)."""
+        if self._monitor is not None:
+            self._monitor.finish()
+            self._monitor = None
+        if self._num_creations > 1:
+            self._found_run()  # deletes the twin of a creation that was stored late
+        self._client.set_terminated(self.run_id, status=status, end_time=end_time_ms)
+
+    def watch_system(self) -> None:
+        """Keep MLflow's monitor of this node going, which ends itself at the first failed call. Never raises."""
+        now_s = time.monotonic()
+        if now_s < self._next_monitor_s or (self._monitor is not None and not self._monitor.has_ended):
+            return
+        self._next_monitor_s = now_s + _MONITOR_RETRY_S
+        try:
+            self._monitor = _started_monitor(self.uri, self.run_id)
+        except Exception as error:
+            _log.info("tracking of %s: no system metrics (%s)", self.name, one_line(error))
+
+    def where(self) -> str:
+        """How to look at the run: the page's address, and the command that serves it if no server does."""
+        is_server = self.uri.startswith(("http://", "https://"))
+        page = masked(self.uri).rstrip("/") if is_server else "http://127.0.0.1:5000"
+        if self.run_id is not None:  # without the last part, MLflow shows its pages for language models
+            page += f"/#/experiments/{self._experiment_id}/runs/{self.run_id}?workflowType=machine_learning"
+        return page if is_server else f"{page} after mlflow server --backend-store-uri {shlex.quote(masked(self.uri))}"
+
+    def _found_run(self) -> Any:
+        """The run of this run key, or None. Empty twins, left by a creation whose answer was lost, are deleted."""
+        # MLflow's filter language cannot escape a quote: `_` matches any one character, and equality is checked here.
+        pattern = re.sub(r"[^A-Za-z0-9./:@+=, -]", "_", self.run_key)
+        similar = self._client.search_runs([self._experiment_id], filter_string=f"tags.run_key LIKE '{pattern}'")
+        found = [run for run in similar if run.data.tags.get("run_key") == self.run_key]
+        found.sort(key=lambda run: (run.info.run_id != self.run_id, -len(run.data.metrics), run.info.start_time))
+        for twin in found[1:]:
+            if not twin.data.metrics:
+                self._client.delete_run(twin.info.run_id)
+        return found[0] if found else None
+
+    def _created_run(self, start_time_ms: int | None) -> Any:
+        from mlflow.tracking.context.registry import resolve_tags
+
+        note = {"run_key": self.run_key, "mlflow.note.content": _NOTE.format(key=masked(self.run_key))}
+        self._num_creations += 1
+        return self._client.create_run(
+            self._experiment_id, run_name=self.name, start_time=start_time_ms, tags=resolve_tags() | note
+        )
+
+    def _describe(self, run: Any) -> None:
+        """Log tags, and the parameters that the run lacks."""
+        from mlflow.entities import Param, RunTag
+
+        stored = run.data.params
+        different = sorted(key for key, value in self.params.items() if stored.get(key, value) != value)
+        if different:
+            _log.warning(
+                "tracking of %s: parameters %s differ from those in MLflow, which keeps the first",
+                self.name,
+                ", ".join(different),
+            )
+        params = [Param(key, value) for key, value in self.params.items() if key not in stored]
+        self._client.log_batch(run.info.run_id, tags=[RunTag(key, value) for key, value in self.tags.items()])
+        for start in range(0, len(params), _MAX_PARAMS_PER_CALL):
+            self._client.log_batch(run.info.run_id, params=params[start : start + _MAX_PARAMS_PER_CALL])
+
+
+def _open(uri: str, experiment: str) -> tuple[Any, str]:
+    """A client of the store at ``uri`` and the experiment's identity; both are created if they are missing."""
+    if not uri:
+        raise ValueError("no tracking URI")  # MLflow would make a database in the working directory
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    # One short try: the tracker's own backoff does the rest and hears of close() meanwhile.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    from mlflow import MlflowClient
+
+    # MLflow sets its levels when it is imported. What matters of its chatter is said by these modules.
+    levels = {"mlflow": logging.ERROR, "mlflow.system_metrics": logging.CRITICAL, "alembic": logging.WARNING}
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+
+    path = _sqlite_path(uri)
+    if path is None:
+        client = MlflowClient(uri)
+        return client, _experiment_id(client, experiment, None)
+    importlib.import_module("mlflow.store.tracking.sqlalchemy_store")  # seconds that others need not wait for
+    with path.with_name(f"{path.name}.lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # processes that migrate one empty database at once break it
+        client = MlflowClient(uri)
+        # MLflow's own default is ./mlartifacts of whatever process comes first.
+        return client, _experiment_id(client, experiment, (path.parent / "mlartifacts").as_uri())
+
+
+def _experiment_id(client: Any, name: str, artifacts: str | None) -> str:
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        return str(client.create_experiment(name, artifact_location=artifacts))
+    identity = str(experiment.experiment_id)
+    if experiment.lifecycle_stage != "active":
+        raise RuntimeError(f"the MLflow experiment {name!r} is deleted: `mlflow experiments restore -x {identity}`")
+    return identity
+
+
+# -- metrics of the node ----------------------------------------------------------------------------------------
+
+
+def _started_monitor(uri: str, run_id: str | None) -> Any:
+    """MLflow's monitor of this node: a sample every 10 s, the mean of six logged each minute."""
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    class Monitor(SystemMetricsMonitor):
+        has_ended = False
+
+        def monitor(self) -> None:
+            try:
+                super().monitor()
+            finally:
+                self.has_ended = True
+
+        def publish_metrics(self, metrics: dict[str, float]) -> None:
+            super().publish_metrics(few_system_metrics(metrics))
+
+    monitor = Monitor(run_id, sampling_interval=10, samples_before_logging=6, resume_logging=True, tracking_uri=uri)
+    monitor.start()
+    return monitor
+
+
+def few_system_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """At most nine keys, at any number of GPUs: MLflow's monitor has 8 and 5 more per GPU.
+
+    Of the GPUs the idlest and the mean, the fullest memory (percent) and the power of all (watts) remain.
+    """
+    node = ("cpu_utilization_percentage", "system_memory_usage_percentage", "disk_usage_percentage")
+    network = ("network_receive_megabytes", "network_transmit_megabytes")
+    few = {key: metrics[key] for key in node + network if key in metrics}
+
+    def of_gpus(what: str) -> list[float]:
+        return [value for key, value in metrics.items() if re.fullmatch(rf"gpu_\d+_{what}", key)]
+
+    if utilization := of_gpus("utilization_percentage"):
+        few["gpu_utilization_percentage_min"] = min(utilization)
+        few["gpu_utilization_percentage_mean"] = sum(utilization) / len(utilization)
+    if memory := of_gpus("memory_usage_percentage"):
+        few["gpu_memory_usage_percentage_max"] = max(memory)
+    if power := of_gpus("power_usage_watts"):
+        few["gpu_power_usage_watts_total"] = sum(power)
+    return few
