@@ -27,10 +27,10 @@ _MAX_PARAMS_PER_CALL = 100
 _MONITOR_RETRY_S = 60.0
 _CHECK_TIMEOUT_S = 4.0
 
-_NOTE = """\
-A copy of the run's journal, which is kept with its checkpoints in `{key}`: the same command goes on with the run, here
-too. Steps are iterations, errors are percent. The error curves: Artifacts, `errors.png`.
-"""
+_NOTE = (
+    "A copy of the run's journal, which is kept with its checkpoints in `{key}`. Steps are iterations, errors percent."
+    " The error curves: Artifacts, `errors.png`."
+)
 
 
 # -- where to track ---------------------------------------------------------------------------------------------

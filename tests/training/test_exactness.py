@@ -21,13 +21,6 @@ from tests.training.group import (
 )
 
 
-@pytest.fixture(scope="module")
-def undisturbed(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """The folder of an undisturbed run at 1, 2 and 3 workers."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    return {size: run_to_end(small_config(prepared, folder, f"w{size}"), size) for size in (1, 2, 3)}
-
-
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_killed_and_started_again_ends_with_the_same_bits(
     size: int, prepared: Path, undisturbed: dict[int, Path], tmp_path: Path
