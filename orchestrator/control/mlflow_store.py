@@ -98,7 +98,8 @@ def _check_sqlite(uri: str) -> None:
         raise ValueError(f"tracking URI {uri} keeps nothing: write sqlite:////absolute/mlflow.db")
     if not path.parent.is_dir():
         raise ValueError(f"tracking URI {uri}: the folder {path.parent} does not exist: create it or name another")
-    if not os.access(path if path.exists() else path.parent, os.W_OK) or path.is_dir():
+    can_write = os.access(path.parent, os.W_OK | os.X_OK) and (not path.exists() or os.access(path, os.R_OK | os.W_OK))
+    if path.is_dir() or not can_write:
         raise ValueError(f"tracking URI {uri}: {path} is not a file that can be written: name another")
     if path.exists():
         with path.open("rb") as file:
@@ -127,7 +128,7 @@ def _server_warning(uri: str) -> str | None:
         if error.code < 500:  # it lives; a proxy may hide the page
             return None
         answer = f"answers {error.code} {error.reason}"
-    except (OSError, ValueError) as error:
+    except Exception as error:
         answer = f"does not answer ({one_line(error)})"
     return f"the tracking server {masked(uri)} {answer}: training goes on, and events are delivered once it takes them"
 
@@ -158,8 +159,7 @@ class MlflowRun:
 
     def connect(self, start_time_ms: int | None) -> dict[str, set[int]]:
         """Find the run or create it as of ``start_time_ms`` (default: now); return the steps it holds, by metric."""
-        if self._client is None:
-            self._client, self._experiment_id = _open(self.uri, self.experiment)
+        self._client, self._experiment_id = _open(self.uri, self.experiment)
         run = self._found_run() or self._created_run(start_time_ms)
         if run.info.run_id != self.run_id:
             self._describe(run)

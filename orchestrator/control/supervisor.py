@@ -79,8 +79,8 @@ def check(config: TrainConfig) -> DataSet:
 
 def resolve(config: TrainConfig) -> TrainConfig:
     """``config`` with absolute URLs: workers have other working directories. Raises ValueError for an unusable URL."""
-    absolute = {key: Storage(getattr(config, key)).url for key in ("data", "storage") if getattr(config, key)}
-    return replace(config, **absolute)
+    data = Storage(config.data).url if config.data else ""
+    return replace(config, data=data, storage=Storage(config.storage).url if config.storage else "")
 
 
 def place(config: TrainConfig, cluster: Cluster) -> Placement:

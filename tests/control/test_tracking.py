@@ -342,7 +342,7 @@ def free_port() -> int:
 
 
 class Server:
-    """A real MLflow server on loopback, with a session of its own so that its processes can be signalled together."""
+    """A real MLflow server on loopback, in a process group of its own so that all of it can be signalled."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
