@@ -67,7 +67,7 @@ def main() -> int:
     config = replace(config, batch=batch, numerics=numerics)
     world = World.from_environment()
     cpus = a.cpus or len(os.sched_getaffinity(0))
-    set_arithmetic(world.device, num_threads=cpus, deterministic=False)
+    set_arithmetic(world.device, num_threads=cpus, deterministic=False, precision=a.precision)
     data = DataSet(Storage(a.data))
     split = data.split("train")
     view, _, mean, axes = views_of(config, data)
@@ -83,7 +83,9 @@ def main() -> int:
         seed=0,
     )
     stream = SampleStream(len(split), 0)
-    source = TrainInput(split, stream, view, axes, mean, decode_settings(config, world.device, cpus), step.positions, 0)
+    source = TrainInput(
+        split, stream, view, axes, mean, decode_settings(config, world.device, cpus), step.positions, 0, 0
+    )
     fixed = next(source)
 
     def measure(take: Callable[[], Batch], train: bool) -> float:

@@ -189,7 +189,7 @@ def prepare(arguments: Arguments, *, images_per_unit: int = IMAGES_PER_UNIT) -> 
 def find_archives(archives: Storage, *, with_test: bool = True) -> dict[str, str]:
     """File names of "train", "val", "test" and "devkit". Raises ValueError, saying which are missing."""
     try:
-        found = archives.list()
+        found = archives.files()
     except Exception as error:  # object stores raise exceptions of their own libraries
         raise ValueError(
             f"{archives.url!r} cannot be listed ({type(error).__name__}: {error}): check the URL, its permissions and, "
@@ -333,7 +333,7 @@ def _finished(out: Storage, identity: dict[str, Any]) -> Manifest:
 def _check_unfinished(out: Storage, identity: dict[str, Any]) -> None:
     if out.exists(PREPARATION):
         _check_same(out, json.loads(out.read(PREPARATION)), identity, "an unfinished preparation")
-    elif any(not n.startswith(".") for folder in ("", "train", "val", "test") for n in out.list(folder)):
+    elif any(not n.startswith(".") for folder in ("", "train", "val", "test") for n in out.files(folder)):
         raise ValueError(f"{out.url!r} is not empty, and what it holds is no data set: give a new folder as --out")
 
 

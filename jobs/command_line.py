@@ -23,8 +23,8 @@ from orchestrator.control.terminal import Terminal
 from orchestrator.control.tracking import RunStatus, Tracker, default_uri
 from orchestrator.control.tracking import check as check_tracking
 from orchestrator.storage import Storage
-from orchestrator.training.checkpoint import newest_journal
-from orchestrator.training.run import Outcome, run_storage
+from orchestrator.training.checkpoint import Checkpoints, checkpoint_event, newest_journal
+from orchestrator.training.run import Outcome, SupersededError, data_digest, run_storage
 from orchestrator.training.trainer import Event
 
 Recipe = Callable[[], TrainConfig]
@@ -70,42 +70,42 @@ def run(config: TrainConfig) -> int:
     under_torchrun = "RANK" in os.environ
     is_first = os.environ.get("RANK", "0") == "0"
     config = supervisor.resolve(config)
-    data = supervisor.check(config)
-    uri = default_uri(config.tracking.uri or None, Path.cwd())
-    warning = check_tracking(uri)
     if not is_first:
         supervisor.run_in_process_group(config, lambda event: None)
         return 0
+    run = run_storage(config) if config.storage and config.name else None
+    done = supervisor.outcome_of(config)
+    if done is None:
+        supervisor.check(config)
+    uri = default_uri(config.tracking.uri or None, Path.cwd())
+    warning = check_tracking(uri)
     if warning:
         console.print(warning)
-    folder = run_storage(config)
-    # What cannot be placed is refused before MLflow hears of it.
-    tracker: Tracker | None = None
+    assert run is not None  # else check has refused
+    tracker = _open_tracker(config, uri, run) if done is not None else None
 
     def listen(event: Event) -> None:
-        terminal.put(event)
         nonlocal tracker
-        if event["kind"] == "placed":
-            tracker = _tracker(config, uri, data.digest, folder)
-            tracker.replay(newest_journal(folder))
+        if event["kind"] == "placed":  # what cannot be placed is refused before MLflow hears of it
+            tracker = _open_tracker(config, uri, run)
         elif tracker is not None:
             tracker.put(event)
+        # A terminal that is gone (| head) must not end the run: rich leaves with SystemExit.
+        with contextlib.suppress(OSError, SystemExit):
+            terminal.put(event)
 
-    status, outcome = RunStatus.FAILED, None
+    status, outcome = RunStatus.FAILED, done
     with Terminal(console, name=config.name, batch_size=config.batch.global_batch_size) as terminal:
         try:
-            train = supervisor.run_in_process_group if under_torchrun else supervisor.run_job
-            outcome = train(config, listen)
+            if outcome is None:
+                train = supervisor.run_in_process_group if under_torchrun else supervisor.run_job
+                outcome = train(config, listen)
             status = RunStatus.FINISHED
         except KeyboardInterrupt:
             status = RunStatus.KILLED
             raise
         finally:
-            if tracker is None and outcome is not None:  # it was finished before: deliver what MLflow lacks
-                tracker = _tracker(config, uri, data.digest, folder)
-                tracker.replay(newest_journal(folder))
             delivery = tracker.close(config.tracking.wait_s, status) if tracker else None
-    assert outcome is not None
     _summary(console, config, outcome)
     if delivery is not None:
         console.print(f"MLflow        {delivery.where}", soft_wrap=True)
@@ -122,7 +122,7 @@ def exit_code(main: Callable[[], int]) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
-    except (supervisor.RunFailedError, OSError) as error:
+    except (supervisor.RunFailedError, SupersededError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:
@@ -130,8 +130,9 @@ def exit_code(main: Callable[[], int]) -> int:
         return EXIT_INTERRUPTED
 
 
-def _tracker(config: TrainConfig, uri: str, data_sha256: str, run: Storage) -> Tracker:
-    return Tracker(
+def _open_tracker(config: TrainConfig, uri: str, run: Storage) -> Tracker:
+    """MLflow's side of the run, told what the run remembers."""
+    tracker = Tracker(
         uri=uri,
         experiment=config.tracking.experiment,
         name=config.name,
@@ -141,12 +142,16 @@ def _tracker(config: TrainConfig, uri: str, data_sha256: str, run: Storage) -> T
             "recipe": config.recipe,
             "code_version": code_version(),
             "data": config.data,
-            "data_sha256": data_sha256,
-            "storage": run.url,
+            "data_sha256": data_digest(run),
             "host": socket.gethostname(),
         },
         figure_dir=_figure_dir(run),
     )
+    tracker.replay(newest_journal(run))
+    best = Checkpoints(run, attempt=0, keep_last=1, notice=lambda text: None).best()
+    if best is not None:
+        tracker.replay([checkpoint_event(run, best, is_best=True)])
+    return tracker
 
 
 def _figure_dir(run: Storage) -> Path:

@@ -19,7 +19,8 @@ from matplotlib.figure import Figure
 
 from jobs import command_line
 from jobs.imagenet import RECIPES
-from orchestrator.data.pipeline import DecodeSettings, EvalInput, TrainInput
+from orchestrator.data.decoder import DecodeSettings
+from orchestrator.data.pipeline import EvalInput, TrainInput
 from orchestrator.data.sampling import SampleStream
 from orchestrator.data.shards import DataSet
 from orchestrator.storage import Storage
@@ -60,11 +61,19 @@ def main() -> int:
     stream = SampleStream(len(split), arguments.seed, config.input.order)
     first = arguments.step * config.batch.global_batch_size
     source = TrainInput(
-        split, stream, view, axes, mean, settings, lambda step: np.arange(first, first + count) + step * count, 0
+        split,
+        stream,
+        view,
+        axes,
+        mean,
+        settings,
+        lambda step: np.arange(first, first + count) + step * count,
+        0,
+        len(split),
     )
     training = next(source)
     source.close()
-    checks = EvalInput(data.split("val"), test_view, mean, settings, arguments.columns)
+    checks = EvalInput(data.split("val"), test_view, mean, settings, arguments.columns, 0)
     validation = next(checks.batches(0, 1))
     checks.close()
 

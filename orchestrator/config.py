@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass, field, fields
@@ -111,7 +112,7 @@ class InputConfig:
     order: Order = Order.FULL
     """order of the images in an epoch"""
     max_undecodable: int = 50
-    """a training set with more undecodable images than this stops the run"""
+    """undecodable images, not known from the preparation, that one worker puts up with; more stop the run"""
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,7 @@ class NumericsConfig:
     precision: Precision = Precision.AUTO
     """auto: bf16 autocast on a GPU, fp32 on CPU"""
     deterministic: bool = False
-    """on a GPU: kernels and decoder settings that give the same bits every time (slower); a CPU always does"""
+    """on a GPU: kernels that give the same bits every time, and no hardware decoder (slower); a CPU always does"""
     hw_decoder_share: float = 0.65
     """part of a batch that the GPU's JPEG engine decodes; it alters pixels slightly, so it is part of the run"""
 
@@ -243,7 +244,7 @@ class PlacementConfig:
     num_workers: int = 0
     """worker processes, one a GPU or some CPUs each; 0: all GPUs of the cluster, or all its CPUs"""
     cpus_per_worker: int = 0
-    """CPU threads of a worker; 0: what the node has, shared among its GPUs (on CPU: 1)"""
+    """CPU threads of a worker; 0: the node's CPUs shared among its GPUs, or all CPUs among the workers"""
     use_gpu: bool | None = None
     """None: where the cluster has one"""
     ray_address: str = ""
@@ -308,8 +309,10 @@ class TrainConfig:
         The data set enters with its digest, when the run starts.
         """
         plain = self.to_json()
-        for key in ("data", "storage", "name", "placement", "tracking"):
+        for key in ("data", "storage", "name", "recipe", "placement", "tracking"):
             del plain[key]
+        # What is kept, and how much is put up with, may change while a run goes on.
+        del plain["rhythm"]["keep_last"], plain["input"]["max_undecodable"]
         return plain
 
 
@@ -333,7 +336,10 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
 
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+        # 30 and 30.0 are one config, and have one digest.
+        floats = {name for name, kind in get_type_hints(type(value)).items() if kind is float}
+        plain = {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+        return {k: float(v) if k in floats else v for k, v in plain.items()}
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, tuple):
@@ -390,6 +396,8 @@ def _check(config: TrainConfig) -> None:
         "schedule.max_epochs": s.max_epochs,
         "schedule.plateau_max_drops": s.plateau_max_drops,
         "schedule.warmup_steps": s.warmup_steps,
+        "schedule.plateau_threshold_percent": s.plateau_threshold_percent,
+        "schedule.plateau_min_steps": s.plateau_min_steps,
         "optimizer.weight_decay": o.weight_decay,
         "input.colour_std": i.colour_std,
         "input.max_undecodable": i.max_undecodable,
@@ -398,6 +406,14 @@ def _check(config: TrainConfig) -> None:
         "placement.max_failures": config.placement.max_failures,
     }
     wrong += [f"{name} must not be negative, not {value}" for name, value in not_negative.items() if value < 0]
+    floats = {"schedule.lr": s.lr, "schedule.warmup_lr": s.warmup_lr, "optimizer.weight_decay": o.weight_decay}
+    floats |= {"schedule.max_epochs": s.max_epochs, "input.colour_std": i.colour_std}
+    floats |= {"schedule.plateau_threshold_percent": s.plateau_threshold_percent}
+    wrong += [f"{name} must be a number, not {value}" for name, value in floats.items() if not math.isfinite(value)]
+    if s.warmup is not WarmupKind.NONE and s.warmup_lr <= 0:
+        wrong.append(f"schedule.warmup_lr must be positive, not {s.warmup_lr}")
+    if not 0 <= config.seed < 2**63:
+        wrong.append(f"seed must be in [0, 2**63), not {config.seed}")
     if not 0 <= o.momentum < 1:
         wrong.append(f"optimizer.momentum must be in [0, 1), not {o.momentum}")
     if not 0 < s.lr_factor < 1:

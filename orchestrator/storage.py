@@ -115,7 +115,7 @@ class Storage:
         with self.fs.open(self.path(name), "rb") as stream:
             yield stream
 
-    def list(self, name: str = "") -> list[str]:
+    def files(self, name: str = "") -> list[str]:
         """Names of the files directly in sub-folder ``name``, sorted, relative to this storage; [] if there is none."""
         folder = self.path(name) if name else self.root
         # An object store's listing may be cached by fsspec; another process may have written since.
@@ -128,7 +128,16 @@ class Storage:
         found = [prefix + PurePosixPath(e["name"]).name for e in entries if e["type"] == "file"]
         return sorted(n for n in found if not PurePosixPath(n).name.startswith(".tmp-"))
 
-    def folders(self, name: str) -> Sequence[str]:
+    def sizes_bytes(self, name: str) -> dict[str, int]:
+        """Size of every file directly in sub-folder ``name``, by its name relative to this storage; one listing."""
+        self.fs.invalidate_cache(self.path(name))
+        try:
+            entries = self.fs.ls(self.path(name), detail=True)
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        return {f"{name}/{PurePosixPath(e['name']).name}": int(e["size"]) for e in entries if e["type"] == "file"}
+
+    def folders(self, name: str) -> list[str]:
         """Names of the folders directly in sub-folder ``name``, sorted, relative to this storage."""
         path = self.path(name)
         self.fs.invalidate_cache(path)

@@ -32,7 +32,7 @@ DATA_PREP_MAY = ("data_prep", "orchestrator.data", "orchestrator.storage", "orch
 DOORS = {
     "fsspec": ("orchestrator.storage",),
     "torch.distributed": ("orchestrator.world",),
-    "nvidia": ("orchestrator.data.pipeline",),
+    "nvidia": ("orchestrator.data.decoder",),
     "mlflow": ("orchestrator.control.tracking", "orchestrator.control.mlflow_store"),
     "ray": ("orchestrator.ray_session", "orchestrator.control", "cluster", "data_prep.fan_out"),
     "submitit": ("cluster.slurm",),

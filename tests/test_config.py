@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from jobs.imagenet import RECIPES
-from orchestrator.config import RhythmConfig, TrainConfig, differences, digest
+from orchestrator.config import InputConfig, RhythmConfig, ScheduleConfig, TrainConfig, differences, digest
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,6 +41,10 @@ def test_the_identity_leaves_placement_and_tracking_out() -> None:
     one = TrainConfig()
     moved = replace(one, storage="s3://b", placement=replace(one.placement, num_workers=8))
     assert digest(one.identity()) == digest(moved.identity())
+    kept = replace(one, rhythm=RhythmConfig(keep_last=9), recipe="other", input=InputConfig(max_undecodable=0))
+    assert digest(one.identity()) == digest(kept.identity())
+    whole = replace(one, schedule=ScheduleConfig(max_epochs=30))  # an int where a float is meant
+    assert digest(whole.identity()) == digest(replace(one, schedule=ScheduleConfig(max_epochs=30.0)).identity())
     other = replace(one, rhythm=RhythmConfig(log_every_steps=7))
     assert digest(one.identity()) != digest(other.identity())
     assert differences(one.identity(), other.identity()) == ["rhythm.log_every_steps: 100 → 7"]

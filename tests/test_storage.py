@@ -68,7 +68,7 @@ def test_an_exception_inside_publishing_leaves_what_was_there(storage: Storage, 
     with pytest.raises(KeyboardInterrupt):
         publish_half()
     if before is None:
-        assert storage.list("a") == []
+        assert storage.files("a") == []
         assert not storage.exists("a/x")
     else:
         assert storage.read("a/x") == before
@@ -82,8 +82,8 @@ def test_nothing_is_visible_before_the_block_ends(storage: Storage) -> None:
         stream.write(b"1234")
         stream.flush()
         assert not storage.exists("a/x")
-        assert storage.list("a") == []
-    assert storage.list("a") == ["a/x"]
+        assert storage.files("a") == []
+    assert storage.files("a") == ["a/x"]
 
 
 def test_a_killed_writer_leaves_only_a_fragment_that_can_be_removed(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_a_killed_writer_leaves_only_a_fragment_that_can_be_removed(tmp_path: Pa
     assert process.returncode == -signal.SIGKILL
     storage = Storage(str(tmp_path))
     assert len(list((tmp_path / "a").iterdir())) == 1
-    assert storage.list("a") == []
+    assert storage.files("a") == []
     storage.publish("a/y", b"kept")
     storage.delete_fragments("a")
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["y"]
@@ -136,19 +136,19 @@ def test_create_keeps_what_is_there(storage: Storage) -> None:
 def test_list_sub_delete(storage: Storage) -> None:
     for name in ("b", "a", "folder/c", "folder/deep/d"):
         storage.publish(name, name.encode())
-    assert storage.list() == ["a", "b"]
-    assert storage.list("folder") == ["folder/c"]
-    assert storage.list("nothing here") == []
+    assert storage.files() == ["a", "b"]
+    assert storage.files("folder") == ["folder/c"]
+    assert storage.files("nothing here") == []
     sub = storage.sub("folder")
-    assert sub.list() == ["c"]
+    assert sub.files() == ["c"]
     assert sub.read("deep/d") == b"folder/deep/d"
     sub.publish("e", b"e")
     assert storage.read("folder/e") == b"e"
     storage.delete("a")
     storage.delete("a")
-    assert storage.list() == ["b"]
+    assert storage.files() == ["b"]
     storage.delete("folder")
-    assert storage.list("folder") == []
+    assert storage.files("folder") == []
     assert not storage.exists("folder/deep/d")
     assert storage.read("b") == b"b"
 
@@ -185,7 +185,7 @@ def test_writability_and_space(tmp_path: Path) -> None:
     assert free_bytes is not None
     assert free_bytes > 0
     storage.check_writable()
-    assert storage.list() == []
+    assert storage.files() == []
     blocked = tmp_path / "file"
     blocked.write_bytes(b"")
     with pytest.raises(ValueError, match="cannot be written"):

@@ -7,6 +7,7 @@ run remembers is in our storage, so every process may be killed at any line and 
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import threading
 import time
@@ -20,7 +21,15 @@ from orchestrator.data.shards import DataSet
 from orchestrator.ray_session import Cluster, ray_session
 from orchestrator.storage import Storage
 from orchestrator.training.assembly import build_model, views_of
-from orchestrator.training.run import Outcome, check_identity, finished, fix_identity, next_attempt, run_storage
+from orchestrator.training.run import (
+    Outcome,
+    SupersededError,
+    check_identity,
+    finished,
+    fix_identity,
+    next_attempt,
+    run_storage,
+)
 from orchestrator.training.trainer import Event, train
 from orchestrator.world import World, share_of
 
@@ -53,27 +62,34 @@ def check(config: TrainConfig) -> DataSet:
         raise ValueError("--name is missing: give the run a name")
     import torch
 
-    storage = Storage(config.storage)
-    data = DataSet(Storage(config.data))
-    for split in ("train", "val"):
-        data.check_shards(split)
-        if not len(data.split(split)):
-            raise ValueError(f"the {split} split of {config.data!r} is empty: prepare the data set again")
-    views_of(config, data)
+    storage, run = Storage(config.storage), run_storage(config)
+    try:
+        data = DataSet(Storage(config.data))
+        for split in ("train", "val"):
+            data.check_shards(split)
+            if not len(data.split(split)):
+                raise ValueError(f"the {split} split of {config.data!r} is empty: prepare the data set again")
+        views_of(config, data)
+    except OSError as error:
+        raise ValueError(
+            f"data set {config.data!r} cannot be read ({type(error).__name__}: {error}): check the URL, its "
+            "permissions and, for an object store, endpoint and credentials"
+        ) from None
     with torch.device("meta"):
         model = build_model(config, data.num_classes)
     if config.placement.num_workers:
         batch = config.batch
         share_of(0, config.placement.num_workers, batch.global_batch_size, batch.bn_group_size)
-    # Weights and momentum in fp32, for every checkpoint that is kept and the one being written.
-    needed = 8 * sum(p.numel() for p in model.parameters()) * (config.rhythm.keep_last + 2)
+    # Weights and momentum in fp32, for every checkpoint that is kept and the one being written, less what is there.
+    checkpoint_bytes = 8 * sum(p.numel() for p in model.parameters())
+    needed = checkpoint_bytes * max(1, config.rhythm.keep_last + 2 - len(run.folders("checkpoints")))
     free = storage.free_bytes()
     if free is not None and free < needed:
         raise ValueError(
             f"storage {config.storage!r} has {free / 1e9:.2f} GB free where the checkpoints of this run need "
             f"{needed / 1e9:.2f} GB: make room, give another --storage, or lower --rhythm.keep-last"
         )
-    check_identity(run_storage(config), config, data)
+    check_identity(run, config, data)
     return data
 
 
@@ -81,6 +97,16 @@ def resolve(config: TrainConfig) -> TrainConfig:
     """``config`` with absolute URLs: workers have other working directories. Raises ValueError for an unusable URL."""
     data = Storage(config.data).url if config.data else ""
     return replace(config, data=data, storage=Storage(config.storage).url if config.storage else "")
+
+
+def outcome_of(config: TrainConfig) -> Outcome | None:
+    """The outcome of a run that is done, without a look at data or cluster. Raises ValueError for a changed config."""
+    if not config.storage or not config.name:
+        return None
+    done = finished(run_storage(config))
+    if done is not None:
+        check_identity(run_storage(config), config, None)
+    return done
 
 
 def place(config: TrainConfig, cluster: Cluster) -> Placement:
@@ -114,11 +140,10 @@ def run_job(config: TrainConfig, listen: Listener) -> Outcome:
     the user must mend, RunFailedError where the run could not be finished.
     """
     config = resolve(config)
-    data = check(config)
-    run = run_storage(config)
-    done = finished(run)
+    done = outcome_of(config)
     if done is not None:
         return done
+    data, run = check(config), run_storage(config)
     with ray_session(config.placement.ray_address) as cluster:
         placement = place(config, cluster)
         attempt = _begin(config, data, run)
@@ -129,11 +154,10 @@ def run_job(config: TrainConfig, listen: Listener) -> Outcome:
 def run_in_process_group(config: TrainConfig, listen: Listener) -> Outcome:
     """The same without Ray: this process is one worker of the group that torchrun's environment describes."""
     config = resolve(config)
-    data = check(config)
-    run = run_storage(config)
-    done = finished(run)
+    done = outcome_of(config)
     if done is not None:
         return done
+    data, run = check(config), run_storage(config)
     world = World.from_environment()
     try:
         share_of(world.rank, world.size, config.batch.global_batch_size, config.batch.bn_group_size)
@@ -194,7 +218,8 @@ def _fit(config: TrainConfig, placement: Placement, run: Storage, attempt: int, 
     def forward() -> None:
         while True:
             last_round = stop.is_set()
-            with suppress(ray.exceptions.RayError):
+            # Whatever goes wrong in showing the run must not end it.
+            with suppress(Exception):
                 for event in ray.get(mailbox.take.remote(), timeout=10):
                     listen(event)
             if last_round:
@@ -204,18 +229,23 @@ def _fit(config: TrainConfig, placement: Placement, run: Storage, attempt: int, 
     listener = threading.Thread(target=forward, name="events", daemon=True)
     listener.start()
     failure: Exception | None = None
+    on_interrupt = signal.getsignal(signal.SIGINT)
     try:
         trainer.fit()
+    except SystemExit:  # what Ray's own SIGINT handler makes of Ctrl-C
+        raise KeyboardInterrupt from None
     except Exception as error:  # Ray wraps whatever a worker raised in types of its own
         failure = error
     finally:
+        signal.signal(signal.SIGINT, on_interrupt)
         stop.set()
         listener.join(timeout=15)
         with suppress(OSError):
             run.delete(ray_folder)
     refusal = ray.get(mailbox.refusal.remote())
     if refusal is not None:
-        raise ValueError(refusal)
+        is_users, reason = refusal
+        raise ValueError(reason) if is_users else SupersededError(reason)
     outcome = finished(run)
     if outcome is None:
         raise RunFailedError(
@@ -231,7 +261,7 @@ class Mailbox:
 
     def __init__(self) -> None:
         self._events: list[Event] = []
-        self._refusal: str | None = None
+        self._refusal: tuple[bool, str] | None = None
 
     def put(self, events: list[Event]) -> None:
         self._events += events
@@ -240,10 +270,11 @@ class Mailbox:
         events, self._events = self._events, []
         return events
 
-    def refuse(self, reason: str) -> None:
-        self._refusal = self._refusal or reason
+    def refuse(self, is_users: bool, reason: str) -> None:
+        """Trying again is no use: the user has something to mend, or another driver owns the run."""
+        self._refusal = self._refusal or (is_users, reason)
 
-    def refusal(self) -> str | None:
+    def refusal(self) -> tuple[bool, str] | None:
         return self._refusal
 
 
@@ -254,7 +285,7 @@ def _work(settings: dict[str, Any]) -> None:
 
     mailbox = settings["mailbox"]
     if ray.get(mailbox.refusal.remote()) is not None:
-        return  # restarted after the user's mistake was found: trying again would find it again
+        return  # restarted after trying again was found to be no use
     config = TrainConfig.from_json(settings["config"])
     device = get_device() if config.placement.use_gpu is not False else "cpu"
     world = World.from_process_group(device)
@@ -266,8 +297,12 @@ def _work(settings: dict[str, Any]) -> None:
             cpus=settings["cpus"],
             emit=lambda event: mailbox.put.remote([event]),
         )
-    except ValueError as error:
-        ray.get(mailbox.refuse.remote(str(error)))
+    except (ValueError, SupersededError) as error:
+        ray.get(mailbox.refuse.remote(isinstance(error, ValueError), str(error)))
+        raise
+    except Exception as error:
+        text = f"worker {world.rank} failed ({type(error).__name__}: {_cause(error)}); all workers start again"
+        ray.get(mailbox.put.remote([{"kind": "notice", "text": text}]))
         raise
 
 

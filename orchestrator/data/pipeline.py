@@ -1,49 +1,22 @@
-"""DALI: stream → Batch, for training and test views, on CPU and GPU. The only door to DALI.
+"""Stream → Batch, for training and test views: reads ahead, decodes ahead, and copes with broken images.
 
-Region and scale are drawn first (``views``); only the enclosing region is decoded, then resized to the crop. Legend:
-N images in a batch, C = 3 channels R, G, B, S = crop in pixels.
+Legend: N images in a batch, 3 channels R, G, B, S = crop in pixels.
 """
 
 from __future__ import annotations
 
-import io
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
-from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
+from orchestrator.data.decoder import Decoder, DecodeSettings, gray_jpeg, is_jpeg
 from orchestrator.data.sampling import Purpose, SampleStream
 from orchestrator.data.shards import Split
 from orchestrator.data.views import ColourAxes, TestView, TrainView, Views
-
-
-@cache
-def _gray_jpeg() -> np.ndarray:
-    """One gray pixel, [bytes] uint8: stands in for an image of an evaluation that cannot be decoded."""
-    stream = io.BytesIO()
-    Image.new("RGB", (1, 1), (128, 128, 128)).save(stream, "JPEG")
-    return np.frombuffer(stream.getvalue(), np.uint8)
-
-
-@dataclass(frozen=True)
-class DecodeSettings:
-    """How pixels are made. ``device`` "cpu" or "cuda"; on a GPU all of these are pinned, since they alter pixels.
-
-    ``hw_decoder_share``: part of a batch that the GPU's JPEG engine decodes (0: CUDA cores and CPU only).
-    """
-
-    device: str = "cpu"
-    device_id: int = 0
-    num_threads: int = 1
-    prefetch_batches: int = 2
-    hw_decoder_share: float = 0.65
-    half: bool = False  # float16 output instead of float32
 
 
 @dataclass(frozen=True)
@@ -90,115 +63,6 @@ class _Job:
     replaced: tuple[tuple[str, str], ...] = ()
 
 
-class _Decoder:
-    """A DALI pipeline that is fed explicitly: encoded images and regions in, pixels [N, S, S, 3] out, in order."""
-
-    def __init__(self, settings: DecodeSettings, crop: int, batch_size: int) -> None:
-        # Imported here: half a second and 200 MB that only a process with an input side pays.
-        import nvidia.dali.fn as fn
-        import nvidia.dali.types as types
-        from nvidia.dali import pipeline_def
-
-        self.settings, self.crop, self.batch_size = settings, crop, batch_size
-        gpu = settings.device == "cuda"
-
-        @pipeline_def(
-            batch_size=batch_size,
-            num_threads=settings.num_threads,
-            device_id=settings.device_id if gpu else None,
-            prefetch_queue_depth=settings.prefetch_batches,
-        )
-        def graph() -> Any:
-            source = partial(fn.external_source, batch=True)
-            encoded = source(name="encoded", dtype=types.UINT8, ndim=1)
-            anchor = source(name="anchor", dtype=types.INT32, ndim=1)
-            shape = source(name="shape", dtype=types.INT32, ndim=1)
-            roi_start = source(name="roi_start", dtype=types.FLOAT, ndim=1)
-            roi_end = source(name="roi_end", dtype=types.FLOAT, ndim=1)
-            flip = source(name="flip", dtype=types.INT32, ndim=0)
-            shift = source(name="shift", dtype=types.FLOAT, ndim=1)
-            hardware: dict[str, Any] = {"hw_decoder_load": settings.hw_decoder_share} if gpu else {}
-            images = fn.decoders.image_slice(
-                encoded,
-                anchor,
-                shape,
-                device="mixed" if gpu else "cpu",
-                axes=[0, 1],
-                output_type=types.RGB,
-                adjust_orientation=False,  # the EXIF orientation is ignored: sizes in the index are as stored
-                **hardware,
-            )
-            images = fn.resize(
-                images,
-                size=[crop, crop],
-                roi_start=roi_start,
-                roi_end=roi_end,
-                interp_type=types.INTERP_LINEAR,
-                antialias=True,
-            )
-            return fn.crop_mirror_normalize(
-                images,
-                mirror=flip,
-                mean=shift,
-                dtype=types.FLOAT16 if settings.half else types.FLOAT,
-                output_layout="HWC",  # channels last, as the convolutions want it
-            )
-
-        self._pipeline = graph()
-        self._pipeline.build()
-        self._prime()
-
-    def submit(self, job: _Job, mean: np.ndarray, width: np.ndarray, height: np.ndarray) -> None:
-        """Feed one batch. ``mean`` [3] float32 is subtracted; width and height [N] in pixels."""
-        v = job.views
-        assert v is not None
-        feed = self._pipeline.feed_input
-        # The antialiasing filter reads outside the region by its own support: one output pixel, in input pixels.
-        margin_x = np.maximum(4, np.ceil((v.x1 - v.x0) / self.crop) + 1)
-        margin_y = np.maximum(4, np.ceil((v.y1 - v.y0) / self.crop) + 1)
-        left, top = np.maximum(0, np.floor(v.x0 - margin_x)), np.maximum(0, np.floor(v.y0 - margin_y))
-        right, bottom = np.minimum(width, np.ceil(v.x1 + margin_x)), np.minimum(height, np.ceil(v.y1 + margin_y))
-        feed("encoded", job.encoded)
-        feed("anchor", np.stack([top, left], 1).astype(np.int32))
-        feed("shape", np.stack([bottom - top, right - left], 1).astype(np.int32))
-        feed("roi_start", np.stack([v.y0 - top, v.x0 - left], 1).astype(np.float32))
-        feed("roi_end", np.stack([v.y1 - top, v.x1 - left], 1).astype(np.float32))
-        feed("flip", v.flip.astype(np.int32))
-        feed("shift", (mean - v.colour_shift).astype(np.float32))
-        self._pipeline.schedule_run()
-
-    def _prime(self) -> None:
-        """Run the pipeline on gray pixels: its first schedule_run takes as many batches as it may prefetch."""
-        depth = self.settings.prefetch_batches
-        gray = {"encoded": [_gray_jpeg()], "flip": np.zeros(1, np.int32)}
-        corner, pixel = np.zeros((1, 2)), np.ones((1, 2))
-        gray |= {"anchor": corner.astype(np.int32), "shape": pixel.astype(np.int32)}
-        gray |= {"roi_start": corner.astype(np.float32), "roi_end": pixel.astype(np.float32)}
-        gray |= {"shift": np.zeros((1, 3), np.float32)}
-        for _ in range(depth):
-            for name, value in gray.items():
-                self._pipeline.feed_input(name, value)
-        self._pipeline.schedule_run()
-        for _ in range(depth):
-            self.collect(1)
-
-    def collect(self, count: int) -> torch.Tensor:
-        """The oldest batch: [N, S, S, 3] on the pipeline's device. Raises RuntimeError if an image is undecodable."""
-        shape = (count, self.crop, self.crop, 3)
-        dtype = torch.float16 if self.settings.half else torch.float32
-        if self.settings.device == "cuda":
-            from nvidia.dali.plugin.pytorch import feed_ndarray
-
-            (out,) = self._pipeline.share_outputs()
-            pixels = torch.empty(shape, dtype=dtype, device=torch.device("cuda", self.settings.device_id))
-            feed_ndarray(out.as_tensor(), pixels, cuda_stream=torch.cuda.current_stream(pixels.device))
-        else:
-            (out,) = self._pipeline.share_outputs()
-            pixels = torch.from_numpy(np.array(out.as_tensor()))  # a copy: DALI reuses its buffer
-        self._pipeline.release_outputs()
-        return pixels
-
-
 class _Feed:
     """Jobs in, batches out in order: bytes are read one thread ahead of the decoder, the decoder ahead of the step.
 
@@ -206,16 +70,21 @@ class _Feed:
     their way are decoded singly to find it, the pipeline is built anew, and ``_stand_in`` says what takes its place.
     """
 
-    def __init__(self, split: Split, mean: Mean, settings: DecodeSettings, crop: int, batch_size: int) -> None:
+    def __init__(
+        self, split: Split, mean: Mean, settings: DecodeSettings, crop: int, batch_size: int, max_undecodable: int
+    ) -> None:
         self.split, self.settings, self.crop, self.batch_size = split, settings, crop, batch_size
-        self.undecodable: set[int] = set(np.flatnonzero(split.decodable == 0).tolist())
+        self._max_undecodable = max_undecodable
+        # Preparation has found these; what is found later counts towards the limit.
+        self._known = frozenset(np.flatnonzero(split.decodable == 0).tolist())
+        self.undecodable = set(self._known)
         self._channel_mean = mean.value if mean.value.ndim == 1 else np.zeros(3, np.float32)
         self._mean_image: torch.Tensor | None = None
         if mean.value.ndim == 3:
             if mean.value.shape != (3, crop, crop):
                 raise ValueError(f"mean image of {mean.value.shape} does not fit crops of {crop} pixels")
             self._mean_image = torch.from_numpy(mean.value.transpose(1, 2, 0).copy())
-        self._decoder = _Decoder(settings, crop, batch_size)
+        self._decoder = Decoder(settings, crop, batch_size)
         self._threads = ThreadPoolExecutor(1, "read-images")
         self._reading: deque[Future[_Job]] = deque()
         self._decoding: deque[_Job] = deque()
@@ -227,16 +96,32 @@ class _Feed:
         """Change ``job`` so that no undecodable image is in it, or mark those as unreadable."""
         raise NotImplementedError
 
-    def _prepare(self, job: _Job) -> _Job:
+    def _prepare(self, original: _Job) -> _Job:
         """Regions and bytes of one batch. Runs in the reading thread."""
-        job = replace(job, indices=job.indices.copy(), replaced=(), unreadable=np.zeros(len(job.indices), bool))
-        self._stand_in(job)
-        job.views = self._views(job)
-        job.encoded = self.split.read(job.indices)
-        assert job.unreadable is not None
-        for i in np.flatnonzero(job.unreadable):
-            job.encoded[i] = _gray_jpeg()
-        return job
+        while True:
+            unreadable = np.zeros(len(original.indices), bool)
+            job = replace(original, indices=original.indices.copy(), replaced=(), unreadable=unreadable)
+            self._stand_in(job)
+            job.encoded = self.split.read(job.indices)
+            for i in np.flatnonzero(unreadable):
+                job.encoded[i] = gray_jpeg()
+            width, height = self._sizes(job)
+            sound = [is_jpeg(*image) for image in zip(job.encoded, width.tolist(), height.tolist(), strict=True)]
+            if all(sound):
+                job.views = self._views(job)
+                return job
+            self._found_undecodable(job.indices[~np.array(sound)].tolist())
+
+    def _found_undecodable(self, indices: Iterable[int]) -> None:
+        """Remember images that cannot be decoded. Raises ValueError past the limit."""
+        self.undecodable = self.undecodable | set(indices)  # a new set: another thread may be reading the old one
+        new = self.undecodable - self._known
+        if len(new) > self._max_undecodable:
+            names = ", ".join(self.split.names[i].as_py() for i in sorted(new)[:20])
+            raise ValueError(
+                f"{len(new)} images of the {self.split.name} set cannot be decoded, more than "
+                f"input.max_undecodable {self._max_undecodable}: {names}: prepare the data set again or raise it"
+            )
 
     def _sizes(self, job: _Job) -> tuple[np.ndarray, np.ndarray]:
         width, height = self.split.width[job.indices].copy(), self.split.height[job.indices].copy()
@@ -245,6 +130,10 @@ class _Feed:
         return width, height
 
     def _run(self, jobs: Iterator[_Job]) -> Iterator[tuple[_Job, torch.Tensor]]:
+        if self._reading or self._decoding:  # an iteration before this one was given up in the middle
+            self._reading.clear()
+            self._decoding.clear()
+            self._decoder = Decoder(self.settings, self.crop, self.batch_size)
         originals: deque[_Job] = deque()
         depth = self.settings.prefetch_batches
         exhausted = False
@@ -256,7 +145,10 @@ class _Feed:
                     originals.append(job)
                     self._reading.append(self._threads.submit(self._prepare, job))
             while self._reading and len(self._decoding) < depth:
-                self._submit(self._reading.popleft().result())
+                job = self._reading.popleft().result()
+                if self._is_stale(job):
+                    job = self._threads.submit(self._prepare, originals[len(self._decoding)]).result()
+                self._submit(job)
             if not self._decoding:
                 return
             try:
@@ -270,32 +162,40 @@ class _Feed:
                 pixels -= self._mean_image
             yield self._decoding.popleft(), pixels.permute(0, 3, 1, 2)
 
+    def _is_stale(self, job: _Job) -> bool:
+        """Whether an image of ``job`` was found undecodable after it was read."""
+        assert job.unreadable is not None
+        return any(index in self.undecodable for index in job.indices[~job.unreadable].tolist())
+
     def _submit(self, job: _Job) -> None:
-        self._decoder.submit(job, np.broadcast_to(self._channel_mean, (len(job.indices), 3)), *self._sizes(job))
+        assert job.views is not None
+        mean = np.broadcast_to(self._channel_mean, (len(job.indices), 3))
+        self._decoder.submit(job.encoded, job.views, mean, *self._sizes(job))
         self._decoding.append(job)
 
     def _recover(self, originals: Sequence[_Job], error: RuntimeError) -> None:
         """Find what cannot be decoded among the batches on their way, and submit them again without it."""
-        found = False
-        single: _Decoder | None = None
+        found: set[int] = set()
+        single: Decoder | None = None
         for job in self._decoding:
             assert job.views is not None
             for i, index in enumerate(job.indices.tolist()):
-                if index in self.undecodable:
+                if index in self.undecodable or index in found:
                     continue
                 one = _Job(job.positions[i : i + 1], job.indices[i : i + 1], job.padding[i : i + 1])
                 one.encoded = [job.encoded[i]]
                 one.views = Views(*(getattr(job.views, f)[i : i + 1] for f in Views.__dataclass_fields__))
-                single = single or _Decoder(replace(self.settings, prefetch_batches=1), self.crop, 1)
+                single = single or Decoder(replace(self.settings, prefetch_batches=1), self.crop, 1)
                 try:
-                    single.submit(one, np.zeros((1, 3), np.float32), *self._sizes(one))
+                    single.submit(one.encoded, one.views, np.zeros((1, 3), np.float32), *self._sizes(one))
                     single.collect(1)
                 except RuntimeError:
-                    self.undecodable.add(index)
-                    found, single = True, None
+                    found.add(index)
+                    single = None
         if not found:
             raise error
-        self._decoder = _Decoder(self.settings, self.crop, self.batch_size)
+        self._found_undecodable(found)
+        self._decoder = Decoder(self.settings, self.crop, self.batch_size)
         self._decoding.clear()
         for job in originals:
             self._submit(self._threads.submit(self._prepare, job).result())
@@ -335,12 +235,11 @@ class TrainInput(_Feed):
         axes: ColourAxes,
         mean: Mean,
         settings: DecodeSettings,
-        positions_of: partial[np.ndarray] | Any,
+        positions_of: Callable[[int], np.ndarray],
         start_step: int,
+        max_undecodable: int,
     ) -> None:
-        super().__init__(split, mean, settings, view.crop, len(positions_of(start_step)))
-        if len(self.undecodable) == len(split):
-            raise ValueError("no image of the training set can be decoded: prepare the data set again")
+        super().__init__(split, mean, settings, view.crop, len(positions_of(start_step)), max_undecodable)
         self.stream, self.view, self.axes = stream, view, axes
         self._positions_of, self._start_step = positions_of, start_step
         self._batches = self._iterate()
@@ -372,6 +271,8 @@ class TrainInput(_Feed):
             bad, attempt = int(job.indices[i]), 0
             while int(job.indices[i]) in self.undecodable:
                 attempt += 1
+                if attempt > 1000:
+                    raise ValueError("hardly an image of the training set can be decoded: prepare the data set again")
                 draws = self.stream.uniforms(job.positions[i : i + 1], Purpose.REPLACEMENT, attempt)
                 job.indices[i] = int(draws[0, -1] * len(self.split))
             names = self.split.names
@@ -382,8 +283,16 @@ class TrainInput(_Feed):
 class EvalInput(_Feed):
     """The evaluation batches of a split: fixed by the data set and ``batch_size`` alone, each padded to full size."""
 
-    def __init__(self, split: Split, view: TestView, mean: Mean, settings: DecodeSettings, batch_size: int) -> None:
-        super().__init__(split, mean, settings, view.crop, batch_size)
+    def __init__(
+        self,
+        split: Split,
+        view: TestView,
+        mean: Mean,
+        settings: DecodeSettings,
+        batch_size: int,
+        max_undecodable: int,
+    ) -> None:
+        super().__init__(split, mean, settings, view.crop, batch_size, max_undecodable)
         self.view = view
         self.num_batches = -(-len(split) // batch_size)
 

@@ -307,7 +307,8 @@ class _Reader:
 class DataSet:
     """A prepared data set in storage.
 
-    Raises ValueError where there is none, where it is unfinished, or where manifest and index do not fit together.
+    Raises ValueError where there is none, where it is unfinished, or where manifest and index do not fit together;
+    OSError where storage fails for now.
     """
 
     def __init__(self, storage: Storage) -> None:
@@ -319,7 +320,9 @@ class DataSet:
                 f"no prepared data set at {storage.url!r} (no manifest.json): make one with "
                 "python -m data_prep.ilsvrc ARCHIVES --out URL"
             ) from None
-        except Exception as error:
+        except OSError:
+            raise
+        except Exception as error:  # what object stores raise for endpoints and credentials
             raise ValueError(
                 f"data set {storage.url!r} cannot be read ({type(error).__name__}: {error}): "
                 "check the URL, its permissions and, for an object store, endpoint and credentials"
@@ -333,12 +336,13 @@ class DataSet:
 
     def check_shards(self, name: str) -> None:
         """Every shard of the split is there with its recorded size (one listing, no reading). Raises ValueError."""
-        info = self._info(name)
-        for shard in info.shards:
-            try:
-                size = self.storage.size_bytes(shard.name)
-            except FileNotFoundError:
-                raise ValueError(f"{self.storage.url}/{shard.name} is missing: prepare the data set again") from None
+        sizes: dict[str, int] = {}
+        for folder in {str(PurePosixPath(shard.name).parent) for shard in self._info(name).shards}:
+            sizes |= self.storage.sizes_bytes(folder)
+        for shard in self._info(name).shards:
+            size = sizes.get(shard.name)
+            if size is None:
+                raise ValueError(f"{self.storage.url}/{shard.name} is missing: prepare the data set again")
             if size != shard.nbytes:
                 raise ValueError(
                     f"{self.storage.url}/{shard.name} has {size} bytes where the manifest says {shard.nbytes}: "
@@ -363,7 +367,7 @@ class DataSet:
             else:
                 buffer = pa.py_buffer(self.storage.read(info.index, info.index_sha256))
             table = pa.ipc.open_file(buffer).read_all()
-        except (OSError, pa.ArrowInvalid) as error:
+        except (FileNotFoundError, DigestError, pa.ArrowInvalid) as error:
             raise ValueError(f"{error}: prepare the data set again") from None
         if table.num_rows != info.count or table.schema != INDEX_SCHEMA:
             raise ValueError(f"{self.storage.url}/{info.index} does not fit its manifest: prepare the data set again")

@@ -11,7 +11,8 @@ from torch import nn
 
 from orchestrator import models
 from orchestrator.config import MeanKind, Precision, TrainConfig
-from orchestrator.data.pipeline import DecodeSettings, Mean
+from orchestrator.data.decoder import DecodeSettings
+from orchestrator.data.pipeline import Mean
 from orchestrator.data.shards import DataSet
 from orchestrator.data.views import ColourAxes, TestView, TrainView
 
@@ -67,7 +68,7 @@ def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | 
         case Precision.BF16:
             return torch.bfloat16
         case Precision.AUTO:
-            return torch.bfloat16 if on_gpu and torch.cuda.is_bf16_supported() else None
+            return torch.bfloat16 if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else None
 
 
 def decode_settings(config: TrainConfig, device: torch.device, num_threads: int) -> DecodeSettings:
@@ -77,12 +78,13 @@ def decode_settings(config: TrainConfig, device: torch.device, num_threads: int)
         device_id=device.index or 0,
         num_threads=num_threads,
         prefetch_batches=config.placement.prefetch_batches,
-        hw_decoder_share=config.numerics.hw_decoder_share,
+        # The share moves images between two decoders with the batch: not where bits matter.
+        hw_decoder_share=0.0 if config.numerics.deterministic else config.numerics.hw_decoder_share,
         half=autocast_dtype(config.numerics.precision, device) is not None,
     )
 
 
-def set_arithmetic(device: torch.device, *, num_threads: int, deterministic: bool) -> None:
+def set_arithmetic(device: torch.device, *, num_threads: int, deterministic: bool, precision: Precision) -> None:
     """Process-wide settings of torch. A CPU repeats itself in any case, at one number of threads."""
     torch.set_num_threads(num_threads)
     if device.type != "cuda":
@@ -90,5 +92,7 @@ def set_arithmetic(device: torch.device, *, num_threads: int, deterministic: boo
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with a fixed workspace
         torch.use_deterministic_algorithms(True)
+    # TF32 is no float32: convolutions use it unless told not to.
+    torch.backends.cudnn.allow_tf32 = precision is not Precision.FP32
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cudnn.deterministic = deterministic

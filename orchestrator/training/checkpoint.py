@@ -13,16 +13,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 import safetensors.torch
 from torch import Tensor
 
 from orchestrator.storage import DigestError, Storage, sha256_hex
-from orchestrator.training.run import SupersededError, newest_attempt
+from orchestrator.training.run import check_ownership
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,12 @@ def weights_sha256(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def checkpoint_event(run: Storage, record: CommitRecord, *, is_best: bool) -> dict[str, Any]:
+    """The event that tells of a published checkpoint."""
+    event = {"kind": "checkpoint", "step": record.step, "time_ms": time.time_ns() // 1_000_000, "best": is_best}
+    return event | {"url": f"{run.url}/{record.folder}", "validation_top1_error": record.validation_top1_error}
+
+
 def newest_journal(run: Storage) -> list[dict[str, Any]]:
     """Every event up to the newest checkpoint with an undamaged journal; [] for a new run."""
     for record in reversed(Checkpoints(run, attempt=0, keep_last=1, notice=lambda text: None).records()):
@@ -112,10 +120,10 @@ class Checkpoints:
     def records(self) -> list[CommitRecord]:
         """Readable commit records, oldest first."""
         found = []
-        for name in self._run.list("checkpoints"):
+        for name in self._run.files("checkpoints"):
             try:
                 found.append(CommitRecord.from_bytes(self._run.read(name)))
-            except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError) as error:
                 self._notice(f"checkpoint record {name} cannot be read ({error!r}): passed over")
         return sorted(found, key=lambda r: r.step)
 
@@ -160,7 +168,12 @@ class Checkpoints:
             self._pending = None
 
     def _publish(self, snapshot: Snapshot) -> CommitRecord:
-        self._check_ownership()
+        check_ownership(self._run, self._attempt)
+        if not all(bool(t.isfinite().all()) for t in snapshot.tensors.values()):
+            raise ValueError(
+                f"the weights of step {snapshot.step} are not finite: they are not saved, and the checkpoints before "
+                "are kept; lower schedule.lr or use a warm-up, under a new name"
+            )
         folder = f"checkpoints/{snapshot.step:09d}-a{self._attempt:06d}"
         contents = {
             "tensors.safetensors": safetensors.torch.save(snapshot.tensors),
@@ -172,25 +185,24 @@ class Checkpoints:
             self._run.publish(f"{folder}/{name}", data)
             files[name] = FileRecord(len(data), sha256_hex(data))
         record = CommitRecord(snapshot.step, self._attempt, folder, files, snapshot.validation_top1_error)
-        self._check_ownership()
+        check_ownership(self._run, self._attempt)
         self._run.publish(f"checkpoints/{snapshot.step:09d}.json", record.to_bytes())
         best = self._collect()
         self._published(record, best is not None and best.step == record.step)
         return record
 
-    def _check_ownership(self) -> None:
-        newest = newest_attempt(self._run)
-        if newest > self._attempt:
-            raise SupersededError(
-                f"run {self._run.url} was started again (attempt {newest}); this is attempt {self._attempt}: "
-                "it stops here and has written nothing since"
-            )
-
     def collect_orphans(self) -> None:
-        """Delete what interrupted uploads of earlier attempts have left. For the one writer, before it writes."""
-        known = {r.folder for r in self.records()}
+        """Delete what interrupted uploads of earlier attempts have left. For the one writer, before it writes.
+
+        A folder of a step whose record exists stays where that record cannot be read.
+        """
+        check_ownership(self._run, self._attempt)
+        readable = {f"{r.step:09d}": r.folder for r in self.records()}
+        recorded = {PurePosixPath(name).stem for name in self._run.files("checkpoints")}
         for folder in self._run.folders("checkpoints"):
-            if folder not in known:
+            step, _, attempt = PurePosixPath(folder).name.partition("-a")
+            in_doubt = step in recorded and step not in readable
+            if attempt.isdigit() and int(attempt) < self._attempt and folder != readable.get(step) and not in_doubt:
                 self._run.delete(folder)
 
     def _collect(self) -> CommitRecord | None:
@@ -199,6 +211,7 @@ class Checkpoints:
         keep = {r.step for r in records[-self._keep_last :]} | ({best.step} if best else set())
         for record in records:
             if record.step not in keep:
+                check_ownership(self._run, self._attempt)
                 self._run.delete(f"checkpoints/{record.step:09d}.json")
                 self._run.delete(record.folder)
         return best

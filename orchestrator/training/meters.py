@@ -6,8 +6,9 @@ and however often a run was interrupted.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,24 +20,31 @@ _MAX_LOSS = 2.0**16
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums over images: their number, loss in units of 2**-24, wrong at top-1 and top-5, losses that are not finite."""
+    """Sums over images.
+
+    Their number, loss in units of 2**-24, wrong at top-1 and top-5, losses that are not finite, images of an evaluation
+    that cannot be read (wrong, without a loss), training images that another one stands in for.
+    """
 
     images: int = 0
     loss_units: int = 0
     wrong_top1: int = 0
     wrong_top5: int = 0
     not_finite: int = 0
+    unreadable: int = 0
+    replaced: int = 0
 
     def __add__(self, other: Totals) -> Totals:
         return Totals(*(a + b for a, b in zip(self.as_list(), other.as_list(), strict=True)))
 
     def as_list(self) -> list[int]:
-        return [self.images, self.loss_units, self.wrong_top1, self.wrong_top5, self.not_finite]
+        return list(astuple(self))
 
     @property
     def loss(self) -> float:
-        """Mean cross-entropy, nats."""
-        return self.loss_units / _LOSS_UNIT / max(1, self.images)
+        """Mean cross-entropy, nats; NaN where no image has a finite one."""
+        finite = self.images - self.not_finite - self.unreadable
+        return self.loss_units / _LOSS_UNIT / finite if finite else math.nan
 
     @property
     def top1_error(self) -> float:
@@ -53,7 +61,7 @@ class Meter:
     """Adds up on ``device`` without waiting for it."""
 
     def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(5, dtype=torch.int64, device=device)
+        self.sums = torch.zeros(7, dtype=torch.int64, device=device)
 
     @torch.no_grad()
     def add(self, logits: Tensor, labels: Tensor, losses: Tensor, weight: Tensor | None = None) -> None:
@@ -68,11 +76,15 @@ class Meter:
         rows = torch.stack(
             [torch.ones_like(place), units, ((place >= 1) | ~finite), ((place >= 5) | ~finite), ~finite]
         ).to(torch.int64)
-        self.sums += (rows if weight is None else rows * weight).sum(1)
+        self.sums[:5] += (rows if weight is None else rows * weight).sum(1)
 
-    def add_wrong(self, count: int) -> None:
-        """Images that could not be looked at: wrong, with no loss."""
-        self.sums[[0, 2, 3]] += count
+    def add_unreadable(self, count: int) -> None:
+        """Images of an evaluation that cannot be read: wrong, and left out of the loss."""
+        self.sums += count * torch.tensor([1, 0, 1, 1, 0, 1, 0], device=self.sums.device)
+
+    def add_replaced(self, count: int) -> None:
+        """Training images that another one stands in for."""
+        self.sums[6] += count
 
     def take(self, reduce: Callable[[Tensor], object]) -> Totals:
         """Totals over all ranks, then from zero again. ``reduce`` sums over ranks in place. Waits for the device."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -44,7 +45,9 @@ def total_steps(schedule: ScheduleConfig, num_images: int, global_batch_size: in
     """Optimizer steps of the whole run: ``max_steps`` or ``max_epochs``, whichever ends first."""
     if not schedule.max_epochs:
         return schedule.max_steps
-    return min(schedule.max_steps, max(1, math.ceil(schedule.max_epochs * num_images / global_batch_size)))
+    return min(
+        schedule.max_steps, max(1, math.ceil(Fraction(str(schedule.max_epochs)) * num_images / global_batch_size))
+    )
 
 
 def learning_rate(schedule: ScheduleConfig, state: PolicyState, step: int, steps: int) -> float:
@@ -75,17 +78,20 @@ def after_validation(
     state: PolicyState,
     step: int,
     validation_error_percent: float,
-    training_error_percent: float,
+    training_error_percent: float | None,
 ) -> tuple[PolicyState, Decision | None]:
     """The paper's rule: divide the learning rate when the error plateaus. Called once after every validation.
 
     A validation that beats the best one before by ``plateau_threshold_percent`` is an improvement;
-    ``plateau_window`` validations in a row without one are a plateau.
+    ``plateau_window`` validations in a row without one are a plateau. training_error_percent: None where there is no
+    measurement since the validation before; then a plateau of the training error waits for one.
     """
     if schedule.policy is not PolicyKind.PLATEAU or _warming(schedule, state, step):
         return state, None
     watches_validation = schedule.plateau_error is PlateauError.VALIDATION
     error = validation_error_percent if watches_validation else training_error_percent
+    if error is None:
+        return state, None
     best = state.best_error_percent
     if best is None or error <= best - schedule.plateau_threshold_percent:
         return replace(state, best_error_percent=error, stale_validations=0), None

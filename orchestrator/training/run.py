@@ -34,19 +34,21 @@ def run_storage(config: TrainConfig) -> Storage:
 
 def fix_identity(run: Storage, config: TrainConfig, data: DataSet) -> None:
     """Write the identity of a new run. Raises ValueError where the name is taken by another."""
-    run.create("config.json", _identity_bytes(config, data))
+    identity = _identity(config, data.digest)
+    text = json.dumps({"sha256": digest(identity), "identity": identity}, indent=1, sort_keys=True)
+    run.create("config.json", text.encode())
     check_identity(run, config, data)
 
 
-def check_identity(run: Storage, config: TrainConfig, data: DataSet) -> None:
-    """Refuse a changed config, or other data, under the name of an old run. Raises ValueError."""
+def check_identity(run: Storage, config: TrainConfig, data: DataSet | None) -> None:
+    """Refuse a changed config, or other data (None: not looked at), under the name of an old run. Raises ValueError."""
     try:
         old = json.loads(run.read("config.json"))["identity"]
     except FileNotFoundError:
         return
     except (ValueError, KeyError):
         raise ValueError(f"{run.url}/config.json is damaged: restore it, or choose another --name") from None
-    new = json.loads(_identity_bytes(config, data))["identity"]
+    new = _identity(config, data.digest if data is not None else old.get("data_sha256"))
     changed = differences(old, new)
     if changed:
         raise ValueError(
@@ -55,9 +57,13 @@ def check_identity(run: Storage, config: TrainConfig, data: DataSet) -> None:
         )
 
 
-def _identity_bytes(config: TrainConfig, data: DataSet) -> bytes:
-    identity = config.identity() | {"data_sha256": data.digest}
-    return json.dumps({"sha256": digest(identity), "identity": identity}, indent=1, sort_keys=True).encode()
+def data_digest(run: Storage) -> str:
+    """The digest of the data set that the run was started on. Raises FileNotFoundError for a new run."""
+    return str(json.loads(run.read("config.json"))["identity"]["data_sha256"])
+
+
+def _identity(config: TrainConfig, data_sha256: str | None) -> dict[str, Any]:
+    return config.identity() | {"data_sha256": data_sha256}
 
 
 # -- attempts -------------------------------------------------------------------------------------------------------
@@ -71,9 +77,19 @@ def next_attempt(run: Storage, who: dict[str, Any]) -> int:
     return number
 
 
+def check_ownership(run: Storage, attempt: int) -> None:
+    """Raises SupersededError where a newer start owns the run."""
+    newest = newest_attempt(run)
+    if newest > attempt:
+        raise SupersededError(
+            f"run {run.url} was started again (start number {newest}); this is start number {attempt}: it stops here, "
+            "and the newer one goes on"
+        )
+
+
 def newest_attempt(run: Storage) -> int:
     """The highest attempt so far, 0 before the first."""
-    names = run.list("attempts")
+    names = run.files("attempts")
     return int(PurePosixPath(names[-1]).stem) if names else 0
 
 

@@ -55,6 +55,8 @@ class ClassificationStep:
     def __call__(self, batch: Batch, step: int, lr: float) -> None:
         """Do optimizer step ``step`` at learning rate ``lr``. Does not wait for the device."""
         share = self.share
+        if batch.replaced:
+            self._meter.add_replaced(len(batch.replaced))
         for number in range(share.num_groups):
             group = slice(number * share.images_per_group, (number + 1) * share.images_per_group)
             images, labels = batch.images[group], batch.labels[group]

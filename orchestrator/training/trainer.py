@@ -19,7 +19,7 @@ from orchestrator.data.sampling import SampleStream
 from orchestrator.data.shards import DataSet
 from orchestrator.storage import Storage
 from orchestrator.training.assembly import autocast_dtype, build_model, decode_settings, set_arithmetic, views_of
-from orchestrator.training.checkpoint import Checkpoints, CommitRecord, Snapshot, weights_sha256
+from orchestrator.training.checkpoint import Checkpoints, Snapshot, checkpoint_event, weights_sha256
 from orchestrator.training.clock import Clock
 from orchestrator.training.meters import Totals
 from orchestrator.training.optimization import (
@@ -30,7 +30,7 @@ from orchestrator.training.optimization import (
     learning_rate,
     total_steps,
 )
-from orchestrator.training.run import Outcome, check_identity, finish, finished, run_storage
+from orchestrator.training.run import Outcome, check_identity, check_ownership, finish, finished, run_storage
 from orchestrator.training.step import ClassificationStep
 from orchestrator.training.validation import validate
 from orchestrator.world import World
@@ -43,15 +43,22 @@ def train(
 ) -> Outcome:
     """Train to the end, from wherever the run stands. Collective.
 
-    attempt: number of this start (``run.next_attempt``), used on rank 0; cpus: threads for this worker; emit: takes
-    the events of rank 0 (journal lines, progress, notices) and must not block. Raises ValueError for what the user
-    must mend, run.SupersededError where another driver took over, OSError where storage fails.
+    attempt: number of this start (``run.next_attempt``), used on rank 0; cpus: threads for this worker; emit: takes the
+    events of rank 0 (journal lines, progress) and the notices of every rank, and must not block. Raises ValueError for
+    what the user must mend, run.SupersededError where another driver took over, OSError where storage fails.
     """
     run, rhythm, batch_size = run_storage(config), config.rhythm, config.batch.global_batch_size
+    if world.is_first:
+        check_ownership(run, attempt)
     tell = emit if world.is_first else (lambda event: None)
 
     # -- what is trained on -----------------------------------------------------------------------------------------
-    set_arithmetic(world.device, num_threads=max(1, cpus), deterministic=config.numerics.deterministic)
+    set_arithmetic(
+        world.device,
+        num_threads=max(1, cpus),
+        deterministic=config.numerics.deterministic,
+        precision=config.numerics.precision,
+    )
     data = DataSet(Storage(config.data))
     check_identity(run, config, data)  # this machine may see other data under the same path
     train_split, val_split = data.split("train"), data.split("val")
@@ -81,7 +88,7 @@ def train(
         attempt=attempt,
         keep_last=rhythm.keep_last,
         notice=lambda text: tell(_notice(text)),
-        published=lambda record, is_best: tell(_published(run, record, is_best, batch_size / len(train_split))),
+        published=lambda record, is_best: tell(checkpoint_event(run, record, is_best=is_best)),
     )
     snapshot = _agreed_snapshot(checkpoints, world)
     step, policy, totals, journal = 0, PolicyState(), Totals(), list[Event]()
@@ -105,8 +112,10 @@ def train(
         return new
 
     # -- the loop ---------------------------------------------------------------------------------------------------
-    batches = TrainInput(train_split, stream, view, axes, mean, decode, take_step.positions, step)
-    val_batches = EvalInput(val_split, test_view, mean, decode, rhythm.validation_batch_size)
+    limit = config.input.max_undecodable
+    batches = TrainInput(train_split, stream, view, axes, mean, decode, take_step.positions, step, limit)
+    val_batches = EvalInput(val_split, test_view, mean, decode, rhythm.validation_batch_size, limit)
+    unreadable_told: set[int] = set()
     clock = Clock()
     tell({"kind": "start", "step": step, "steps": steps, "images": len(train_split), "workers": world.size})
 
@@ -114,9 +123,7 @@ def train(
         with clock.waiting():
             batch = next(batches)
         for bad, stand_in in batch.replaced:
-            tell(_notice(f"step {step}: image {bad} cannot be decoded, {stand_in} takes its place"))
-        if len(batches.undecodable) > config.input.max_undecodable:
-            raise ValueError(_too_many_undecodable(batches, config.input.max_undecodable))
+            emit(_notice(f"step {step}: image {bad} cannot be decoded, {stand_in} takes its place"))
 
         take_step(batch, step, learning_rate(config.schedule, policy, step, steps))
         step += 1
@@ -128,8 +135,7 @@ def train(
         last = step == steps
         if last or step % rhythm.log_every_steps == 0:
             totals = totals + take_step.take_totals()
-            if totals.not_finite:
-                raise ValueError(_not_finite(config, step, totals))
+            _check_finite(config, step, totals)
             record("train", metrics=_train_metrics(totals, take_step.optimizer.lr, clock.speed()))
             policy = decided(*after_measurement(config.schedule, policy, step, totals.top1_error))
             totals = Totals()
@@ -140,14 +146,21 @@ def train(
         if last or _validation_due(step, batch_size, len(train_split), rhythm.validate_every_epochs):
             with clock.stalled() as stall:
                 validation = validate(model, val_batches, world, autocast)
+            _check_finite(config, step, validation)
+            for index in val_batches.undecodable - unreadable_told:
+                emit(
+                    _notice(f"validation image {val_split.names[index].as_py()} cannot be decoded: it counts as wrong")
+                )
+            unreadable_told = set(val_batches.undecodable)
+            training_error = _new_training_error(journal)
             record("validation", metrics=_validation_metrics(validation, stall.seconds))
-            training_error = _last_training_error(journal)
             policy = decided(*after_validation(config.schedule, policy, step, validation.top1_error, training_error))
 
         # -- save
         if last or policy.stop or validation is not None or step % rhythm.checkpoint_every_steps == 0:
             with clock.stalled() as stall:
                 totals = totals + take_step.take_totals()
+                _check_finite(config, step, totals)
                 if world.is_first:
                     state = {"policy": asdict(policy), "totals": totals.as_list(), "lr": take_step.optimizer.lr}
                     error = None if validation is None else validation.top1_error
@@ -159,6 +172,7 @@ def train(
     val_batches.close()
     if world.is_first:
         checkpoints.close()
+        check_ownership(run, attempt)
         finish(run, _outcome(run, checkpoints, weights_sha256(take_step.tensors()), journal))
     world.barrier()
     outcome = finished(run)
@@ -198,7 +212,7 @@ def _validation_due(step: int, batch_size: int, num_images: int, every_epochs: f
 
 def _train_metrics(totals: Totals, lr: float, speed: dict[str, float]) -> dict[str, float]:
     errors = {"train_top1_error": totals.top1_error, "train_top5_error": totals.top5_error}
-    return {"train_loss": totals.loss, **errors, "learning_rate": lr, **speed}
+    return {"train_loss": totals.loss, **errors, "replaced_images": totals.replaced, "learning_rate": lr, **speed}
 
 
 def _validation_metrics(totals: Totals, seconds: float) -> dict[str, float]:
@@ -210,32 +224,24 @@ def _validation_metrics(totals: Totals, seconds: float) -> dict[str, float]:
     }
 
 
-def _last_training_error(journal: list[Event]) -> float:
-    measured = (e["metrics"]["train_top1_error"] for e in reversed(journal) if e["kind"] == "train")
-    return float(next(measured, 100.0))
+def _new_training_error(journal: list[Event]) -> float | None:
+    """The newest training error, percent; None where there is none since the last validation."""
+    for event in reversed(journal):
+        if event["kind"] == "validation":
+            return None
+        if event["kind"] == "train":
+            return float(event["metrics"]["train_top1_error"])
+    return None
 
 
 def _notice(text: str) -> Event:
     return {"kind": "notice", "text": text}
 
 
-def _published(run: Storage, record: CommitRecord, is_best: bool, epochs_per_step: float) -> Event:
-    event = {"kind": "checkpoint", "step": record.step, "epoch": record.step * epochs_per_step}
-    event |= {"time_ms": time.time_ns() // 1_000_000, "url": f"{run.url}/{record.folder}", "best": is_best}
-    return event | {"validation_top1_error": record.validation_top1_error}
-
-
-def _not_finite(config: TrainConfig, step: int, totals: Totals) -> str:
-    return (
-        f"run {config.name!r}: the loss of {totals.not_finite} images is not finite in the "
-        f"{config.rhythm.log_every_steps} steps before {step}; the checkpoints before are kept: "
-        "lower schedule.lr or use a warm-up, under a new name"
-    )
-
-
-def _too_many_undecodable(batches: TrainInput, limit: int) -> str:
-    names = ", ".join(batches.split.names[i].as_py() for i in sorted(batches.undecodable)[:20])
-    return (
-        f"{len(batches.undecodable)} training images cannot be decoded, more than input.max_undecodable {limit}: "
-        f"{names}: prepare the data set again, or raise the limit"
-    )
+def _check_finite(config: TrainConfig, step: int, totals: Totals) -> None:
+    """Raises ValueError where a loss was not finite: nothing of it is saved."""
+    if totals.not_finite:
+        raise ValueError(
+            f"run {config.name!r}: the loss of {totals.not_finite} images before step {step} is not finite; the "
+            "checkpoints before that are kept: lower schedule.lr or use a warm-up, under a new name"
+        )

@@ -25,6 +25,6 @@ def validate(model: nn.Module, batches: EvalInput, world: World, autocast_dtype:
         weight = torch.from_numpy(batch.valid.astype("int64")).to(world.device, non_blocking=True)
         meter.add(logits.float(), batch.labels, cross_entropy(logits, batch.labels), weight)
         if batch.num_unreadable:
-            meter.add_wrong(batch.num_unreadable)
+            meter.add_unreadable(batch.num_unreadable)
     model.train(was_training)
     return meter.take(world.sum_)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,8 +38,17 @@ def noise_image(rng: np.random.Generator, width: int, height: int) -> np.ndarray
     return (total / 4).astype(np.uint8)
 
 
-def build(folder: Path, images: Sequence[tuple[str, bytes, int]], shards: int = 2, crop: int = 32) -> DataSet:
-    """One data set whose train and val splits both hold ``images``: (name, encoded, label)."""
+def build(
+    folder: Path,
+    images: Sequence[tuple[str, bytes, int]],
+    shards: int = 2,
+    crop: int = 32,
+    broken: Mapping[int, bytes] | None = None,
+) -> DataSet:
+    """One data set whose train and val splits both hold ``images``: (name, encoded, label).
+
+    ``broken``: bytes that replace those of an image after its size was recorded.
+    """
     storage = Storage(str(folder))
     splits = {}
     for split in ("train", "val"):
@@ -53,6 +62,7 @@ def build(folder: Path, images: Sequence[tuple[str, bytes, int]], shards: int = 
                         width, height = Image.open(io.BytesIO(data)).size
                     except OSError:
                         width, height = 64, 64  # what a header that has since been damaged said
+                    data = (broken or {}).get(i, data)
                     row = (number, shard.add(name, data, label), len(data), width, height, label, 1, name)
                     for key, value in zip(columns, row, strict=True):
                         columns[key].append(value)

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from orchestrator.config import CropStyle
-from orchestrator.data.pipeline import Batch, DecodeSettings, EvalInput, Mean, TrainInput
+from orchestrator.data.decoder import DecodeSettings
+from orchestrator.data.pipeline import Batch, EvalInput, Mean, TrainInput
 from orchestrator.data.sampling import Purpose, SampleStream
 from orchestrator.data.shards import DataSet, Split
 from orchestrator.data.views import ColourAxes, TestView, TrainView
@@ -47,9 +48,10 @@ def train_input(
 ) -> TrainInput:
     mean = options.pop("mean", ZERO)
     settings = options.pop("settings", CPU)
+    limit = options.pop("limit", 50)
     stream = SampleStream(len(split), seed)
     positions = lambda step: np.arange(step * batch, (step + 1) * batch)  # noqa: E731
-    return TrainInput(split, stream, view, AXES, mean, settings, positions, start)  # type: ignore[arg-type]
+    return TrainInput(split, stream, view, AXES, mean, settings, positions, start, limit)  # type: ignore[arg-type]
 
 
 def take(source: TrainInput, steps: int) -> list[Batch]:
@@ -139,7 +141,7 @@ def test_the_test_view_of_photographs_is_the_reference(photographs: DataSet) -> 
 
 
 def check_test_views(split: Split, view: TestView, least_db: float) -> None:
-    source = EvalInput(split, view, ZERO, CPU, batch_size=3)
+    source = EvalInput(split, view, ZERO, CPU, batch_size=3, max_undecodable=50)
     seen = []
     for batch in source.batches(0, 1):
         assert len(batch.images) == 3  # always full
@@ -168,7 +170,7 @@ def test_pixels_do_not_depend_on_batches_threads_or_the_start(synthetic: DataSet
 
 def test_evaluation_batches_are_dealt_out_whole(synthetic: DataSet) -> None:
     split, view = synthetic.split("val"), TestView(CROP, 55)
-    source = EvalInput(split, view, ZERO, CPU, batch_size=3)
+    source = EvalInput(split, view, ZERO, CPU, batch_size=3, max_undecodable=50)
     alone = list(source.batches(0, 1))
     dealt = [list(source.batches(rank, 2)) for rank in range(2)]
     source.close()
@@ -230,7 +232,7 @@ def test_the_exif_orientation_is_ignored(tmp_path: Path) -> None:
     turned = jpeg(pixels, subsampling=0, exif=exif.tobytes())
     split = build(tmp_path, [("turned.jpg", turned, 0), ("plain.jpg", jpeg(pixels, subsampling=0), 0)]).split("val")
     assert (split.width[0], split.height[0]) == (120, 60)
-    source = EvalInput(split, TestView(CROP, 55), ZERO, CPU, batch_size=2)
+    source = EvalInput(split, TestView(CROP, 55), ZERO, CPU, batch_size=2, max_undecodable=50)
     (batch,) = source.batches(0, 1)
     source.close()
     assert torch.equal(batch.images[0], batch.images[1])
@@ -279,13 +281,71 @@ def test_a_bad_training_image_is_replaced_the_same_way_everywhere(with_bad_image
 
 
 def test_a_bad_evaluation_image_is_never_replaced(with_bad_images: DataSet) -> None:
-    source = EvalInput(with_bad_images.split("val"), TestView(CROP, 55), ZERO, CPU, batch_size=4)
+    source = EvalInput(with_bad_images.split("val"), TestView(CROP, 55), ZERO, CPU, batch_size=4, max_undecodable=50)
     for _ in range(2):  # a second validation must not depend on what the first has learned
         batches = list(source.batches(0, 1))
         assert [b.num_unreadable for b in batches] == [1, 1, 0]
         valid = np.concatenate([b.indices[b.valid] for b in batches])
         assert valid.tolist() == [0, 1, 2, 4, 5, 6, 8, 9]
     source.close()
+
+
+BROKEN = {
+    "text": b"this is no image at all",
+    "zeros": bytes(3000),
+    "headless": b"\xff\xd8\xff\xe0\x00\x10JFIF" + bytes(200),
+    "cut": jpeg(noise_image(np.random.default_rng(7), 80, 64))[:400],
+    "other size": jpeg(noise_image(np.random.default_rng(8), 300, 200)),
+}
+
+
+def set_with(folder: Path, broken: dict[int, bytes], count: int) -> DataSet:
+    """``count`` images of 80 × 64 pixels; those in ``broken`` were sound when their sizes were recorded."""
+    good = [jpeg(noise_image(np.random.default_rng(k), 80, 64)) for k in range(8)]
+    images = [(f"i{k}.jpg", good[k % 8], k % 3) for k in range(count)]
+    data = build(folder, images, broken=broken)
+    return data
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_image_in_a_large_batch_is_replaced(tmp_path: Path, kind: str) -> None:
+    """Bytes that are no JPEG of the recorded size crash DALI in batches of 32 and more: they must not get there."""
+    split = set_with(tmp_path, {5: BROKEN[kind], 40: BROKEN[kind]}, 64).split("train")
+    for batch in take(train_input(split, NO_COLOUR, 64), 3):
+        assert {bad for bad, _ in batch.replaced} == {"i5.jpg", "i40.jpg"}
+        assert not np.isin(batch.indices, [5, 40]).any()
+
+
+def test_broken_images_that_are_read_ahead_are_replaced_too(tmp_path: Path) -> None:
+    """A small set comes round while its first epoch is still on its way."""
+    bad = dict.fromkeys((1, 4, 9), BROKEN["cut"])
+    split = set_with(tmp_path, bad, 20).split("train")
+    settings = replace(CPU, prefetch_batches=4)
+    small, large = (
+        np.concatenate([b.indices for b in take(train_input(split, NO_COLOUR, batch, settings=settings), 60 // batch)])
+        for batch in (6, 20)
+    )
+    assert np.array_equal(small, large)
+    assert not np.isin(small, list(bad)).any()
+
+
+def test_more_broken_images_than_allowed_stop_with_their_names(tmp_path: Path) -> None:
+    some = set_with(tmp_path / "some", dict.fromkeys((2, 3, 7), BROKEN["text"]), 20).split("train")
+    with pytest.raises(ValueError, match=r"3 images of the train set cannot be decoded.*i2.jpg, i3.jpg, i7.jpg"):
+        take(train_input(some, NO_COLOUR, 20, limit=2), 1)
+    everything = set_with(tmp_path / "all", dict.fromkeys(range(20), BROKEN["cut"]), 20).split("train")
+    for limit in (5, 50):
+        with pytest.raises(ValueError, match=r"cannot be decoded|hardly an image"):
+            take(train_input(everything, NO_COLOUR, 5, limit=limit), 1)
+
+
+def test_an_evaluation_given_up_in_the_middle_can_be_done_again(synthetic: DataSet) -> None:
+    source = EvalInput(synthetic.split("val"), TestView(CROP, 55), ZERO, CPU, batch_size=2, max_undecodable=0)
+    whole = [b.images for b in source.batches(0, 1)]
+    next(iter(source.batches(0, 1)))
+    again = [b.images for b in source.batches(0, 1)]
+    source.close()
+    assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
 
 
 def test_a_truncated_shard_is_an_error_not_a_crash(synthetic: DataSet) -> None:

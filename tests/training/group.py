@@ -158,5 +158,9 @@ def _work(rank: int, size: int, rendezvous: str, config: dict[str, Any], attempt
             stream.write(json.dumps(event) + "\n")
 
         world = World(rank, size)
-        train(TrainConfig.from_json(config), world, attempt=attempt, cpus=1, emit=emit)
+        try:
+            train(TrainConfig.from_json(config), world, attempt=attempt, cpus=1, emit=emit)
+        except Exception as error:
+            (Path(events).parent / "error.txt").write_text(str(error))
+            raise
     world.leave()

@@ -90,6 +90,9 @@ def test_a_damaged_commit_record_is_passed_over(run: Storage) -> None:
     assert found is not None
     assert found.step == 10
     assert "cannot be read" in notices[0]
+    # What an unreadable record stands for may be sound: it is kept.
+    checkpoints.collect_orphans()
+    assert len(run.folders("checkpoints")) == 2
 
 
 def test_files_without_a_commit_record_do_not_exist(run: Storage) -> None:
@@ -101,6 +104,21 @@ def test_files_without_a_commit_record_do_not_exist(run: Storage) -> None:
     assert found.step == 10
     checkpoints.collect_orphans()
     assert [f.split("/")[1][:9] for f in run.folders("checkpoints")] == ["000000010"]
+
+
+def test_what_an_owner_is_writing_is_no_orphan(run: Storage) -> None:
+    checkpoints = saved(run, 10)
+    run.publish("checkpoints/000000020-a000001/state.json", b"{}")
+    checkpoints.collect_orphans()
+    assert len(run.folders("checkpoints")) == 2
+
+
+def test_weights_that_are_not_finite_are_not_saved(run: Storage) -> None:
+    checkpoints = saved(run, 10)
+    checkpoints.save(Snapshot(20, {"model/w": torch.tensor([1.0, float("nan")])}, {}, []))
+    with pytest.raises(ValueError, match="not finite"):
+        checkpoints.wait()
+    assert [r.step for r in checkpoints.records()] == [10]
 
 
 def test_the_same_step_can_be_saved_again(run: Storage) -> None:
@@ -117,8 +135,10 @@ def test_an_older_attempt_may_not_write(run: Storage) -> None:
     old = saved(run, 10)
     next_attempt(run, {})
     old.save(snapshot(20))
-    with pytest.raises(SupersededError, match="attempt 2"):
+    with pytest.raises(SupersededError, match="start number 2"):
         old.wait()
+    with pytest.raises(SupersededError):
+        old.collect_orphans()  # it might delete what the owner is writing
     assert [r.step for r in old.records()] == [10]
 
 
@@ -161,5 +181,5 @@ def test_the_journal_survives_a_damaged_checkpoint(run: Storage) -> None:
 def test_nothing_in_a_checkpoint_is_pickled(run: Storage) -> None:
     saved(run, 10)
     folder = run.folders("checkpoints")[0]
-    assert {f.rsplit("/", 1)[1] for f in run.list(folder)} == {"tensors.safetensors", "state.json", "journal.jsonl"}
+    assert {f.rsplit("/", 1)[1] for f in run.files(folder)} == {"tensors.safetensors", "state.json", "journal.jsonl"}
     json.loads(run.read("checkpoints/000000010.json"))

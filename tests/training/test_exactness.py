@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,9 @@ import torch
 
 from orchestrator.config import BatchConfig, ModelConfig, ScheduleConfig
 from orchestrator.models import Family
+from orchestrator.storage import Storage
+from orchestrator.training.checkpoint import Checkpoints
+from orchestrator.training.run import newest_attempt, next_attempt
 from tests.training.group import (
     Group,
     history,
@@ -100,7 +104,7 @@ def test_workers_that_share_a_group_agree_with_one_worker(prepared: Path, tmp_pa
 
 def test_dropout_is_a_function_of_the_step(prepared: Path, tmp_path: Path) -> None:
     """VGG draws its dropout from (seed, step, group): a resumed run draws the same."""
-    fields = {"model": ModelConfig(family=Family.VGG, depth=16), "schedule": ScheduleConfig(max_steps=2, lr=0.001)}
+    fields = {"model": ModelConfig(family=Family.VGG, depth=16), "schedule": ScheduleConfig(max_steps=2, lr=1e-7)}
     config = small_config(prepared, tmp_path, "whole", batch=BatchConfig(2, 1), **fields)
     rhythm = replace(config.rhythm, checkpoint_every_steps=1, validate_every_epochs=1000.0)
     config = replace(config, rhythm=rhythm)
@@ -110,8 +114,41 @@ def test_dropout_is_a_function_of_the_step(prepared: Path, tmp_path: Path) -> No
     assert weights_digest(run_to_end(halted, 1)) == weights_digest(whole)
 
 
-def test_nan_stops_with_what_to_do(prepared: Path, tmp_path: Path) -> None:
-    config = small_config(prepared, tmp_path, "nan", schedule=ScheduleConfig(max_steps=8, lr=1e30))
-    group = Group(config, 1)
-    assert group.wait() == [1]
+def refusal(group: Group) -> str:
+    """What a group that ends with an error printed last."""
+    assert group.wait()[0] == 1
     assert not (group.run_path / "finished.json").exists()
+    return (group.run_path / "error.txt").read_text()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_spoils_nothing(prepared: Path, tmp_path: Path) -> None:
+    config = small_config(prepared, tmp_path, "nan", schedule=ScheduleConfig(max_steps=8, lr=0.003))
+    rhythm = replace(config.rhythm, checkpoint_every_steps=1, log_every_steps=100, validate_every_epochs=100.0)
+    config = replace(config, rhythm=replace(rhythm, keep_last=2))
+    Group(config, 1).kill_when(lambda e: e["kind"] == "checkpoint" and e["step"] == 3)
+    # A bit of a stored weight flips upwards while nobody looks, with a right digest.
+    checkpoints = open_run(tmp_path / "nan")
+    snapshot = checkpoints.newest()
+    assert snapshot is not None
+    snapshot.tensors["model/fc.weight"][0, 0] = 1e38
+    number = newest_attempt(Storage(str(tmp_path / "nan")))
+    writer = Checkpoints(Storage(str(tmp_path / "nan")), attempt=number, keep_last=2, notice=print)
+    writer.save(snapshot)
+    writer.close()
+    text = refusal(Group(config, 1))
+    assert "is not finite" in text or "are not finite" in text
+    left = open_run(tmp_path / "nan").newest()
+    assert left is not None
+    assert all(t.isfinite().all() for t in left.tensors.values())
+
+
+def test_a_superseded_group_stops(prepared: Path, tmp_path: Path) -> None:
+    config = small_config(prepared, tmp_path, "two", schedule=ScheduleConfig(max_steps=60, lr=0.003))
+    first = Group(config, 1)
+    deadline_s = time.monotonic() + 120
+    while not open_run(first.run_path).records():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+    next_attempt(Storage(str(first.run_path)), {})
+    assert "was started again (start number 2)" in refusal(first)
+    assert all(r.attempt == 1 for r in open_run(first.run_path).records())

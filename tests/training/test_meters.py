@@ -47,16 +47,17 @@ def test_ties_count_for_the_smaller_label_and_nan_as_wrong() -> None:
     bad = torch.full((3, 7), math.nan)
     totals = total(bad, torch.tensor([0, 1, 2]), [3])
     assert (totals.wrong_top1, totals.wrong_top5, totals.not_finite) == (3, 3, 3)
-    assert math.isfinite(totals.loss)
+    assert math.isnan(totals.loss)  # not 0: that would look like a perfect network
 
 
 def test_what_is_left_out_counts_nowhere_and_what_is_unreadable_counts_as_wrong() -> None:
     meter = Meter(CPU)
     logits, labels = torch.eye(4), torch.tensor([0, 1, 2, 0])
     meter.add(logits, labels, cross_entropy(logits, labels), torch.tensor([1, 1, 0, 0]))
-    meter.add_wrong(3)
+    meter.add_unreadable(3)
     totals = meter.take(lambda t: t)
-    assert (totals.images, totals.wrong_top1, totals.wrong_top5) == (5, 3, 3)
+    assert (totals.images, totals.wrong_top1, totals.wrong_top5, totals.unreadable) == (5, 3, 3, 3)
+    assert totals.loss == cross_entropy(logits[:2], labels[:2]).mean().item()
     assert meter.take(lambda t: t) == Totals()  # from zero again
 
 

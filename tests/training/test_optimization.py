@@ -57,6 +57,8 @@ def test_the_training_error_can_be_watched() -> None:
         state, decision = after_validation(watched, state, number, 100 - number * 10.0, training)
     assert decision is not None
     assert decision.error_percent == 40.0
+    # a validation without a new measurement of the training error is no evidence of a plateau
+    assert after_validation(watched, state, 6, 10.0, None) == (state, None)
 
 
 def test_a_decision_can_be_replayed_from_its_inputs() -> None:
@@ -99,6 +101,7 @@ def test_resnet_110_warms_up_until_its_error_is_below_the_bound() -> None:
 def test_the_length_of_a_run() -> None:
     assert total_steps(PLATEAU, 1_281_167, 256) == 600_000
     assert total_steps(replace(PLATEAU, max_epochs=2), 100, 32) == 7
+    assert total_steps(replace(PLATEAU, max_epochs=1.1), 50_000, 100) == 550  # not 551: 1.1 is a decimal
     assert total_steps(replace(PLATEAU, max_epochs=2, max_steps=5), 100, 32) == 5
 
 
