@@ -6,10 +6,10 @@ What DALI 2.4's decoder makes of odd files (CPU decoder, against Pillow):
 grayscale, progressive, 16-bit tables,   decoded, equal to Pillow to the last bit: the bytes are kept
 RGB-coded, bytes after the end,
 damage inside the entropy-coded data
-CMYK and YCCK JPEG                       decoded, within 1 of Pillow's conversion. Re-encoded all the same: the
-                                         hardware and the CUDA decoders take 1 or 3 components only
-PNG (8 bits, palette, alpha), BMP,       decoded. Re-encoded: a member named .jpg should be a JPEG, and a PNG
-WebP, TIFF; 16-bit PNG                   decodes ten times slower
+CMYK and YCCK JPEG                       decoded, within 1 of Pillow's conversion. Re-encoded all the same, since it
+                                         was not tried on a GPU
+PNG (8 bits, palette, alpha), BMP,       decoded. Re-encoded: a member named .jpg should be a JPEG
+WebP, TIFF; 16-bit PNG
 GIF                                      not decoded: re-encoded
 junk between the header's segments       not decoded ("Invalid marker"), though Pillow does: re-encoded
 12 bits, truncated (even by the last     not decoded, and by Pillow neither: undecodable

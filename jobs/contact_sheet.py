@@ -87,7 +87,7 @@ def main() -> int:
         axis = figure.add_subplot(rows, arguments.columns, number + 1)
         axis.imshow(image.clamp(0, 255).byte().permute(1, 2, 0).numpy())
         axis.set_axis_off()
-        words = data.manifest.classes[label].words.split(",")[0] or data.manifest.classes[label].wnid
+        words = (data.manifest.classes[label].words or data.manifest.classes[label].wnid)[:24]
         axis.set_title(words if number < count else f"val: {words}", fontsize=7)
     temporary = Path(arguments.out).with_suffix(".tmp.png")
     figure.savefig(temporary)

@@ -221,7 +221,7 @@ class MlflowRun:
         page = masked(self.uri).rstrip("/") if is_server else "http://127.0.0.1:5000"
         if self.run_id is not None:  # without the last part, MLflow shows its pages for language models
             page += f"/#/experiments/{self._experiment_id}/runs/{self.run_id}?workflowType=machine_learning"
-        return page if is_server else f"{page} after mlflow server --backend-store-uri {shlex.quote(masked(self.uri))}"
+        return page if is_server else f"mlflow server --backend-store-uri {shlex.quote(masked(self.uri))}, then {page}"
 
     def _found_run(self) -> Any:
         """The run of this run key, or None. Empty twins, left by a creation whose answer was lost, are deleted."""

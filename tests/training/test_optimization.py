@@ -155,3 +155,14 @@ def test_sgd_goes_on_from_a_checkpoint_bit_for_bit() -> None:
         assert torch.equal(a, b)
     with pytest.raises(ValueError, match="another model"):
         second.load({"other": torch.zeros(1)}, 0.1)
+
+
+def test_a_loaded_momentum_lies_in_memory_as_its_parameter() -> None:
+    """CUDA's fused kernel refuses a momentum of other strides: channels-last weights met it after a resume."""
+    conv = nn.Conv2d(4, 8, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    sgd = SGD(conv, momentum=0.9, weight_decay=0.0, decay_batch_norm=True, caffe_momentum=True)
+    saved = {name: torch.rand(p.shape) for name, p in conv.named_parameters()}
+    sgd.load(saved, 0.1)
+    for name, p in conv.named_parameters():
+        assert sgd.momentum()[name].stride() == p.stride()
+        assert torch.equal(sgd.momentum()[name], saved[name])
