@@ -240,7 +240,7 @@ def test_a_lost_store_is_rebuilt_from_the_journal(tmp_path: Path, tracker: Calla
     delivery = one.close(60, RunStatus.FINISHED)
     assert_complete(delivery, tracked(events))
     assert rows(tmp_path / "mlflow.db", str(delivery.run_id)) == expected(events)
-    page, _, command = delivery.where.partition(" after ")
+    command, _, page = delivery.where.partition(", then ")
     assert f"/runs/{delivery.run_id}?" in page
     assert shlex.split(command) == ["mlflow", "server", "--backend-store-uri", default_uri(None, tmp_path)]
 
