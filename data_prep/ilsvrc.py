@@ -72,7 +72,7 @@ class Arguments:
     crop: int = 224
     """Side of the mean image in pixels."""
     num_tasks: int | None = None
-    """Ray tasks at once; 0: in this process. Left out: as many as there are CPUs, or 0 for less than 256 MiB."""
+    """Ray tasks at once; 0 or 1: in this process. Left out: as many as there are CPUs, or 0 for less than 256 MiB."""
     ray_address: str | None = None
     """Ray cluster to use. Left out: RAY_ADDRESS, else one started on this machine."""
     max_undecodable: float = 0.001

@@ -71,7 +71,7 @@ def run(config: TrainConfig) -> int:
     is_first = os.environ.get("RANK", "0") == "0"
     config = supervisor.resolve(config)
     if not is_first:
-        supervisor.run_in_process_group(config, lambda event: None)
+        supervisor.run_in_process_group(config, _tell_notices)
         return 0
     run = run_storage(config) if config.storage and config.name else None
     done = supervisor.outcome_of(config)
@@ -104,7 +104,12 @@ def run(config: TrainConfig) -> int:
         except KeyboardInterrupt:
             status = RunStatus.KILLED
             raise
+        except SupersededError:
+            status = RunStatus.RUNNING  # the MLflow run is the newer driver's now
+            raise
         finally:
+            if tracker is not None and outcome is not None:
+                tracker.replay(newest_journal(run))  # whatever was lost between a worker and here
             delivery = tracker.close(config.tracking.wait_s, status) if tracker else None
     _summary(console, config, outcome)
     if delivery is not None:
@@ -113,6 +118,12 @@ def run(config: TrainConfig) -> int:
             console.print(f"              {delivery.pending} events are not there yet ({delivery.error}): ", end="")
             console.print("the same command delivers them")
     return 0
+
+
+def _tell_notices(event: Event) -> None:
+    """What a process other than the first says: it has no terminal line and no MLflow."""
+    if event["kind"] == "notice":
+        print(event["text"], file=sys.stderr)
 
 
 def exit_code(main: Callable[[], int]) -> int:

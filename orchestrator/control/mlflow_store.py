@@ -196,13 +196,14 @@ class MlflowRun:
         self._client.log_artifact(self.run_id, str(path))
 
     def finish(self, status: str, end_time_ms: int | None) -> None:
-        """Set the run's status, as of ``end_time_ms`` (default: now)."""
+        """Set the run's status, as of ``end_time_ms`` (default: now); RUNNING leaves it open."""
         if self._monitor is not None:
             self._monitor.finish()
             self._monitor = None
         if self._num_creations > 1:
             self._found_run()  # deletes the twin of a creation that was stored late
-        self._client.set_terminated(self.run_id, status=status, end_time=end_time_ms)
+        if status != "RUNNING":
+            self._client.set_terminated(self.run_id, status=status, end_time=end_time_ms)
 
     def watch_system(self) -> None:
         """Keep MLflow's monitor of this node going, which ends itself at the first failed call. Never raises."""

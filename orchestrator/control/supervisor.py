@@ -113,7 +113,7 @@ def place(config: TrainConfig, cluster: Cluster) -> Placement:
     """Workers for this cluster. Raises ValueError where a fixed-size cluster has too few CPUs or GPUs."""
     p, batch = config.placement, config.batch
     use_gpu = cluster.gpus > 0 if p.use_gpu is None else p.use_gpu
-    slots = cluster.gpus if use_gpu else cluster.cpus // max(1, p.cpus_per_worker)
+    slots = _slots(cluster, use_gpu, max(1, p.cpus_per_worker))
     kind = "GPUs" if use_gpu else "CPUs"
     if p.num_workers > slots:
         have = cluster.gpus if use_gpu else cluster.cpus
@@ -130,7 +130,16 @@ def place(config: TrainConfig, cluster: Cluster) -> Placement:
     cpus = p.cpus_per_worker
     if not cpus and use_gpu:
         cpus = max(1, min(node.cpus // node.gpus for node in cluster.nodes if node.gpus))
-    return Placement(num_workers, cpus or max(1, cluster.cpus // num_workers), use_gpu)
+    elif not cpus:
+        cpus = max(n for n in range(1, cluster.cpus + 1) if _slots(cluster, use_gpu, n) >= num_workers)
+    return Placement(num_workers, cpus, use_gpu)
+
+
+def _slots(cluster: Cluster, use_gpu: bool, cpus_per_worker: int) -> int:
+    """Workers that fit, node by node."""
+    if use_gpu:
+        return sum(min(node.gpus, node.cpus // cpus_per_worker) for node in cluster.nodes)
+    return sum(node.cpus // cpus_per_worker for node in cluster.nodes)
 
 
 def run_job(config: TrainConfig, listen: Listener) -> Outcome:
@@ -218,9 +227,11 @@ def _fit(config: TrainConfig, placement: Placement, run: Storage, attempt: int, 
     def forward() -> None:
         while True:
             last_round = stop.is_set()
-            # Whatever goes wrong in showing the run must not end it.
-            with suppress(Exception):
-                for event in ray.get(mailbox.take.remote(), timeout=10):
+            events: list[Event] = []
+            with suppress(ray.exceptions.RayError):
+                events = ray.get(mailbox.take.remote())
+            for event in events:
+                with suppress(Exception):  # whatever goes wrong in showing the run must not end it
                     listen(event)
             if last_round:
                 return

@@ -44,6 +44,7 @@ _KINDS = frozenset(kind.value for kind in EventKind)
 class RunStatus(StrEnum):
     """How a training run ended, in MLflow's words."""
 
+    RUNNING = "RUNNING"  # another driver goes on with it
     FINISHED = "FINISHED"
     FAILED = "FAILED"
     KILLED = "KILLED"

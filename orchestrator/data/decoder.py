@@ -48,7 +48,8 @@ def is_jpeg(encoded: np.ndarray, width: int, height: int) -> bool:
     """
     try:
         with Image.open(io.BytesIO(encoded.data)) as image:
-            return image.format == "JPEG" and image.size == (width, height)
+            # MPO: a JPEG with further pictures behind it, as cameras write them.
+            return image.format in ("JPEG", "MPO") and image.size == (width, height)
     except Exception:  # whatever PIL raises on broken headers
         return False
 

@@ -77,7 +77,10 @@ class _Feed:
         self._max_undecodable = max_undecodable
         # Preparation has found these; what is found later counts towards the limit.
         self._known = frozenset(np.flatnonzero(split.decodable == 0).tolist())
-        self.undecodable = set(self._known)
+        self._broken = self._known  # images that are no JPEG of their recorded size
+        # (position, image): a file cut off in its pixels decodes in some regions and not in others, so a failure tells
+        # of one view alone. Else what is shown would depend on what this process has seen before.
+        self._failed: frozenset[tuple[int, int]] = frozenset()
         self._channel_mean = mean.value if mean.value.ndim == 1 else np.zeros(3, np.float32)
         self._mean_image: torch.Tensor | None = None
         if mean.value.ndim == 3:
@@ -110,11 +113,23 @@ class _Feed:
             if all(sound):
                 job.views = self._views(job)
                 return job
-            self._found_undecodable(job.indices[~np.array(sound)].tolist())
+            self._remember(broken=job.indices[~np.array(sound)].tolist())
 
-    def _found_undecodable(self, indices: Iterable[int]) -> None:
-        """Remember images that cannot be decoded. Raises ValueError past the limit."""
-        self.undecodable = self.undecodable | set(indices)  # a new set: another thread may be reading the old one
+    @property
+    def undecodable(self) -> set[int]:
+        """Images of which a view could not be decoded so far, those known from the preparation included."""
+        return set(self._broken) | {index for _, index in self._failed}
+
+    def _is_bad(self, position: int, index: int) -> bool:
+        return index in self._broken or (position, index) in self._failed
+
+    def _bad_places(self, job: _Job) -> list[bool]:
+        return [self._is_bad(*pair) for pair in zip(job.positions.tolist(), job.indices.tolist(), strict=True)]
+
+    def _remember(self, broken: Iterable[int] = (), failed: Iterable[tuple[int, int]] = ()) -> None:
+        """Remember what cannot be decoded. Raises ValueError past the limit."""
+        # New sets: another thread may be reading the old ones.
+        self._broken, self._failed = self._broken | set(broken), self._failed | set(failed)
         new = self.undecodable - self._known
         if len(new) > self._max_undecodable:
             names = ", ".join(self.split.names[i].as_py() for i in sorted(new)[:20])
@@ -165,7 +180,7 @@ class _Feed:
     def _is_stale(self, job: _Job) -> bool:
         """Whether an image of ``job`` was found undecodable after it was read."""
         assert job.unreadable is not None
-        return any(index in self.undecodable for index in job.indices[~job.unreadable].tolist())
+        return bool((np.array(self._bad_places(job)) & ~job.unreadable).any())
 
     def _submit(self, job: _Job) -> None:
         assert job.views is not None
@@ -175,12 +190,12 @@ class _Feed:
 
     def _recover(self, originals: Sequence[_Job], error: RuntimeError) -> None:
         """Find what cannot be decoded among the batches on their way, and submit them again without it."""
-        found: set[int] = set()
+        found: set[tuple[int, int]] = set()
         single: Decoder | None = None
         for job in self._decoding:
             assert job.views is not None
-            for i, index in enumerate(job.indices.tolist()):
-                if index in self.undecodable or index in found:
+            for i, pair in enumerate(zip(job.positions.tolist(), job.indices.tolist(), strict=True)):
+                if self._is_bad(*pair) or pair in found:
                     continue
                 one = _Job(job.positions[i : i + 1], job.indices[i : i + 1], job.padding[i : i + 1])
                 one.encoded = [job.encoded[i]]
@@ -190,11 +205,11 @@ class _Feed:
                     single.submit(one.encoded, one.views, np.zeros((1, 3), np.float32), *self._sizes(one))
                     single.collect(1)
                 except RuntimeError:
-                    found.add(index)
+                    found.add(pair)
                     single = None
         if not found:
             raise error
-        self._found_undecodable(found)
+        self._remember(failed=found)
         self._decoder = Decoder(self.settings, self.crop, self.batch_size)
         self._decoding.clear()
         for job in originals:
@@ -267,9 +282,9 @@ class TrainInput(_Feed):
     def _stand_in(self, job: _Job) -> None:
         """Another image, drawn by (seed, position) alone: the same one whenever and wherever this step is done."""
         replaced = []
-        for i in np.flatnonzero([index in self.undecodable for index in job.indices.tolist()]):
+        for i in np.flatnonzero(self._bad_places(job)):
             bad, attempt = int(job.indices[i]), 0
-            while int(job.indices[i]) in self.undecodable:
+            while self._is_bad(int(job.positions[i]), int(job.indices[i])):
                 attempt += 1
                 if attempt > 1000:
                     raise ValueError("hardly an image of the training set can be decoded: prepare the data set again")
@@ -311,4 +326,4 @@ class EvalInput(_Feed):
 
     def _stand_in(self, job: _Job) -> None:
         assert job.unreadable is not None
-        job.unreadable[:] = [index in self.undecodable for index in job.indices.tolist()]
+        job.unreadable[:] = self._bad_places(job)

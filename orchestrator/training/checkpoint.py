@@ -133,11 +133,11 @@ class Checkpoints:
         return min(measured, key=lambda r: (r.validation_top1_error, r.step), default=None)
 
     def newest(self) -> Snapshot | None:
-        """The newest checkpoint whose every digest is right; None where there is none."""
+        """The newest checkpoint whose every digest is right; None where there is none. OSError where storage fails."""
         for record in reversed(self.records()):
             try:
                 return self.load(record)
-            except (OSError, ValueError, safetensors.SafetensorError) as error:
+            except (DigestError, FileNotFoundError, ValueError, safetensors.SafetensorError) as error:
                 self._notice(f"checkpoint of step {record.step} is not usable ({error}): going back to the one before")
         return None
 
@@ -187,7 +187,7 @@ class Checkpoints:
         record = CommitRecord(snapshot.step, self._attempt, folder, files, snapshot.validation_top1_error)
         check_ownership(self._run, self._attempt)
         self._run.publish(f"checkpoints/{snapshot.step:09d}.json", record.to_bytes())
-        best = self._collect()
+        best = self._collect(snapshot.step)
         self._published(record, best is not None and best.step == record.step)
         return record
 
@@ -205,10 +205,15 @@ class Checkpoints:
             if attempt.isdigit() and int(attempt) < self._attempt and folder != readable.get(step) and not in_doubt:
                 self._run.delete(folder)
 
-    def _collect(self) -> CommitRecord | None:
-        """Delete all but the newest and the best, which it returns. The record goes first: without it there is none."""
+    def _collect(self, step: int) -> CommitRecord | None:
+        """Delete all but the newest up to ``step`` and the best, which it returns; the record goes first.
+
+        Records past ``step`` are of checkpoints that turned out damaged: the run has gone back behind them.
+        """
         records, best = self.records(), self.best()
-        keep = {r.step for r in records[-self._keep_last :]} | ({best.step} if best else set())
+        keep = {r.step for r in [r for r in records if r.step <= step][-self._keep_last :]} | (
+            {best.step} if best else set()
+        )
         for record in records:
             if record.step not in keep:
                 check_ownership(self._run, self._attempt)

@@ -93,7 +93,7 @@ def after_validation(
     if error is None:
         return state, None
     best = state.best_error_percent
-    if best is None or error <= best - schedule.plateau_threshold_percent:
+    if best is None or (error < best and error <= best - schedule.plateau_threshold_percent):
         return replace(state, best_error_percent=error, stale_validations=0), None
     new = replace(state, stale_validations=state.stale_validations + 1)
     if new.stale_validations < schedule.plateau_window or step - state.last_drop_step < schedule.plateau_min_steps:

@@ -38,6 +38,8 @@ def test_workers_are_placed_one_a_gpu_or_cpu() -> None:
     assert placed(PlacementConfig(), TWO_CPUS) == (2, 1, False)
     assert placed(PlacementConfig(num_workers=1), TWO_CPUS) == (1, 2, False)
     assert placed(PlacementConfig(use_gpu=False), EIGHT_GPUS) == (64, 1, False)
+    # node by node: three CPUs cannot hold two workers of two
+    assert placed(PlacementConfig(num_workers=3), Cluster((Node(8, 0), Node(8, 0))))[:2] == (3, 4)
     # 12 GPUs cannot share 8 groups: 8 of them are taken
     assert placed(PlacementConfig(), Cluster((Node(64, 12),)))[0] == 8
 
@@ -47,6 +49,12 @@ def test_a_cluster_that_is_too_small_is_refused() -> None:
         (PlacementConfig(num_workers=9), EIGHT_GPUS, "9 workers need more GPUs than the cluster's 8"),
         (PlacementConfig(num_workers=3), TWO_CPUS, "3 workers need more CPUs"),
         (PlacementConfig(num_workers=2, cpus_per_worker=2), TWO_CPUS, "2 workers need more CPUs"),
+        (
+            PlacementConfig(num_workers=3, cpus_per_worker=2),
+            Cluster((Node(3, 0), Node(3, 0))),
+            "3 workers need more CPUs",
+        ),
+        (PlacementConfig(num_workers=8, cpus_per_worker=16), EIGHT_GPUS, "8 workers need more"),
         (PlacementConfig(use_gpu=True), TWO_CPUS, "no GPUs for a worker"),
         (PlacementConfig(num_workers=9), Cluster((Node(64, 64),)), "cannot share 8 batch-norm groups"),
     ):

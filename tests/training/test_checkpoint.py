@@ -95,6 +95,23 @@ def test_a_damaged_commit_record_is_passed_over(run: Storage) -> None:
     assert len(run.folders("checkpoints")) == 2
 
 
+def test_a_run_that_went_back_keeps_what_it_saves(run: Storage) -> None:
+    """The damaged checkpoints ahead must not push the new ones out."""
+    saved(run, 300, 500, 600, keep_last=2, errors={300: 40.0})
+    for step in (500, 600):
+        Path(run.path(f"checkpoints/{step:09d}-a000001/state.json")).write_text("{")
+    checkpoints, _ = open_run(run, keep_last=1)
+    found = checkpoints.newest()
+    assert found is not None
+    assert found.step == 300
+    for step in (310, 320):
+        checkpoints.save(snapshot(step))
+    checkpoints.wait()
+    found = open_run(run)[0].newest()
+    assert found is not None
+    assert found.step == 320
+
+
 def test_files_without_a_commit_record_do_not_exist(run: Storage) -> None:
     saved(run, 10, 20)
     Path(run.path("checkpoints/000000020.json")).unlink()  # killed between the two phases

@@ -111,7 +111,10 @@ def test_dropout_is_a_function_of_the_step(prepared: Path, tmp_path: Path) -> No
     whole = run_to_end(config, 1)
     halted = replace(config, name="halted")
     Group(halted, 1).kill_when(lambda e: e["kind"] == "checkpoint" and e["step"] == 1)
-    assert weights_digest(run_to_end(halted, 1)) == weights_digest(whole)
+    second = Group(halted, 1)
+    assert second.wait() == [0]
+    assert next(e for e in second.events() if e["kind"] == "start")["step"] == 1
+    assert weights_digest(second.run_path) == weights_digest(whole)
 
 
 def refusal(group: Group) -> str:
@@ -151,4 +154,4 @@ def test_a_superseded_group_stops(prepared: Path, tmp_path: Path) -> None:
         time.sleep(0.05)
     next_attempt(Storage(str(first.run_path)), {})
     assert "was started again (start number 2)" in refusal(first)
-    assert all(r.attempt == 1 for r in open_run(first.run_path).records())
+    assert open_run(first.run_path).records()[-1].step < 60

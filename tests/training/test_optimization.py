@@ -40,6 +40,10 @@ def test_the_learning_rate_drops_at_a_plateau() -> None:
     assert run(PLATEAU, [50 - 0.5 * i for i in range(20)])[1] == []
 
 
+def test_a_flat_error_is_a_plateau_at_any_threshold() -> None:
+    assert [d.step for d in run(replace(PLATEAU, plateau_threshold_percent=0.0), [40.0] * 5)[1]] == [40]
+
+
 def test_drops_are_limited_and_spaced() -> None:
     flat = [40.0] * 30
     assert [d.step for d in run(PLATEAU, flat)[1]] == [40, 70]
