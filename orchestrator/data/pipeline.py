@@ -5,6 +5,7 @@ Legend: N images in a batch, 3 channels R, G, B, S = crop in pixels.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -63,7 +64,7 @@ class _Job:
     replaced: tuple[tuple[str, str], ...] = ()
 
 
-class _Feed:
+class _Feed(ABC):
     """Jobs in, batches out in order: bytes are read one thread ahead of the decoder, the decoder ahead of the step.
 
     An image that DALI cannot decode costs the whole batch and the pipeline (DALI names no sample): the images on
@@ -92,12 +93,13 @@ class _Feed:
         self._reading: deque[Future[_Job]] = deque()
         self._decoding: deque[_Job] = deque()
 
+    @abstractmethod
     def _views(self, job: _Job) -> Views:
-        raise NotImplementedError
+        """Which region of each image is shown."""
 
+    @abstractmethod
     def _stand_in(self, job: _Job) -> None:
         """Change ``job`` so that no undecodable image is in it, or mark those as unreadable."""
-        raise NotImplementedError
 
     def _prepare(self, original: _Job) -> _Job:
         """Regions and bytes of one batch. Runs in the reading thread."""
