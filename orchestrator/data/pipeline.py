@@ -162,10 +162,7 @@ class _Feed(ABC):
                     originals.append(job)
                     self._reading.append(self._threads.submit(self._prepare, job))
             while self._reading and len(self._decoding) < depth:
-                job = self._reading.popleft().result()
-                if self._is_stale(job):
-                    job = self._threads.submit(self._prepare, originals[len(self._decoding)]).result()
-                self._submit(job)
+                self._submit(self._reading.popleft().result())
             if not self._decoding:
                 return
             try:
@@ -178,11 +175,6 @@ class _Feed(ABC):
                 self._mean_image = self._mean_image.to(pixels.device, pixels.dtype)
                 pixels -= self._mean_image
             yield self._decoding.popleft(), pixels.permute(0, 3, 1, 2)
-
-    def _is_stale(self, job: _Job) -> bool:
-        """Whether an image of ``job`` was found undecodable after it was read."""
-        assert job.unreadable is not None
-        return bool((np.array(self._bad_places(job)) & ~job.unreadable).any())
 
     def _submit(self, job: _Job) -> None:
         assert job.views is not None

@@ -345,6 +345,34 @@ def test_what_is_shown_does_not_depend_on_what_was_seen_before(tmp_path: Path, k
         assert np.array_equal(late.indices, whole.indices[start * 20 : start * 20 + 20])
 
 
+def test_a_failure_tells_of_one_view_alone(tmp_path: Path) -> None:
+    """A tall image cut off at 80 % is shown where its upper part is, whatever failed before, and replaced elsewhere."""
+    tall = jpeg(noise_image(np.random.default_rng(9), 64, 800), subsampling=0)
+    images = [("tall.jpg", tall, 0), ("plain.jpg", jpeg(noise_image(np.random.default_rng(10), 64, 64)), 1)]
+    split = build(tmp_path, images, shards=1, broken={0: tall[: len(tall) * 8 // 10]}).split("train")
+    whole = np.concatenate([b.indices for b in take(train_input(split, NO_COLOUR, 2), 20)])
+    drawn = SampleStream(2, 5).images(np.arange(40))
+    shown = (whole == 0) & (drawn == 0)
+    replaced = (whole != 0) & (drawn == 0)
+    assert shown.any()
+    assert replaced.any()
+    first = int(np.flatnonzero(replaced)[0])
+    assert shown[first:].any()  # else the rest of this test would show nothing
+    late = np.concatenate([b.indices for b in take(train_input(split, NO_COLOUR, 2, start=first // 2 + 1), 5)])
+    assert np.array_equal(late, whole[(first // 2 + 1) * 2 :][:10])
+
+
+@pytest.mark.parametrize("count", [5, 9])
+def test_padding_with_an_image_that_cannot_be_decoded(tmp_path: Path, count: int) -> None:
+    """The last batch is padded with the first image, and may be on its way when that is found not to decode."""
+    split = set_with(tmp_path, {0: BROKEN["no end"]}, count).split("val")
+    source = EvalInput(split, TestView(CROP, 55), ZERO, CPU, batch_size=4, max_undecodable=50)
+    batches = list(source.batches(0, 1))
+    source.close()
+    assert [b.num_unreadable for b in batches] == [1, *[0] * (len(batches) - 1)]
+    assert np.concatenate([b.indices[b.valid] for b in batches]).tolist() == list(range(1, count))
+
+
 def test_more_broken_images_than_allowed_stop_with_their_names(tmp_path: Path) -> None:
     some = set_with(tmp_path / "some", dict.fromkeys((2, 3, 7), BROKEN["text"]), 20).split("train")
     with pytest.raises(ValueError, match=r"3 images of the train set cannot be decoded.*i2.jpg, i3.jpg, i7.jpg"):

@@ -117,6 +117,19 @@ def test_dropout_is_a_function_of_the_step(prepared: Path, tmp_path: Path) -> No
     assert weights_digest(second.run_path) == weights_digest(whole)
 
 
+def test_a_measurement_that_was_interrupted_is_finished(prepared: Path, tmp_path: Path) -> None:
+    """Sums since the last measurement are in the checkpoint: step 6 lies between the measurements of 4 and 8."""
+    config = small_config(prepared, tmp_path, "whole")
+    config = replace(config, rhythm=replace(config.rhythm, log_every_steps=4))
+    whole = run_to_end(config, 1)
+    halted = replace(config, name="halted")
+    Group(halted, 1).kill_when(lambda e: e["kind"] == "checkpoint" and e["step"] == 6)
+    second = Group(halted, 1)
+    assert second.wait() == [0]
+    assert next(e for e in second.events() if e["kind"] == "start")["step"] == 6
+    assert history(last_snapshot(second.run_path).journal) == history(last_snapshot(whole).journal)
+
+
 def refusal(group: Group) -> str:
     """What a group that ends with an error printed last."""
     assert group.wait()[0] == 1
