@@ -137,6 +137,25 @@ class Storage:
             return {}
         return {f"{name}/{PurePosixPath(e['name']).name}": int(e["size"]) for e in entries if e["type"] == "file"}
 
+    def find(self) -> dict[str, int]:
+        """Size in bytes of every file at any depth, by its name relative to this storage, sorted; {} if there is none.
+
+        Hidden files and folders (``.DS_Store``, ``.parts``) are passed over. Links are followed.
+        """
+        if self.is_local:
+            found = {}
+            for folder, folders, names in os.walk(self.root, followlinks=True):
+                folders[:] = sorted(n for n in folders if not n.startswith("."))
+                for name in names:
+                    path = Path(folder, name)
+                    if not name.startswith(".") and path.is_file():
+                        found[path.relative_to(self.root).as_posix()] = path.stat().st_size
+            return dict(sorted(found.items()))
+        self.fs.invalidate_cache(self.root)
+        entries = self.fs.find(self.root, detail=True)
+        names = {path[len(self.root) + 1 :]: int(entry["size"]) for path, entry in entries.items()}
+        return {n: size for n, size in sorted(names.items()) if not any(p.startswith(".") for p in n.split("/"))}
+
     def folders(self, name: str) -> list[str]:
         """Names of the folders directly in sub-folder ``name``, sorted, relative to this storage."""
         path = self.path(name)

@@ -153,6 +153,14 @@ def test_list_sub_delete(storage: Storage) -> None:
     assert storage.read("b") == b"b"
 
 
+def test_find_names_every_visible_file_at_any_depth(storage: Storage) -> None:
+    assert storage.find() == {}
+    for name in ("b/deep/d.jpg", "b/c.jpg", "a", ".hidden/x", "b/.DS_Store"):
+        storage.publish(name, name.encode())
+    assert storage.find() == {"a": 1, "b/c.jpg": 7, "b/deep/d.jpg": 12}
+    assert storage.sub("b").find() == {"c.jpg": 7, "deep/d.jpg": 12}
+
+
 @pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/passwd", "", ".."])
 def test_names_stay_inside(storage: Storage, name: str) -> None:
     for act in (storage.path, storage.read, storage.sub, storage.delete, lambda n: storage.publish(n, b"")):
