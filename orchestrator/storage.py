@@ -143,8 +143,13 @@ class Storage:
         Hidden files and folders (``.DS_Store``, ``.parts``) are passed over. Links are followed.
         """
         if self.is_local:
-            found = {}
+            found: dict[str, int] = {}
+            walked: set[str] = set()
             for folder, folders, names in os.walk(self.root, followlinks=True):
+                if (real := os.path.realpath(folder)) in walked:  # a link to a folder that holds it
+                    folders.clear()
+                    continue
+                walked.add(real)
                 folders[:] = sorted(n for n in folders if not n.startswith("."))
                 for name in names:
                     path = Path(folder, name)
@@ -152,9 +157,9 @@ class Storage:
                         found[path.relative_to(self.root).as_posix()] = path.stat().st_size
             return dict(sorted(found.items()))
         self.fs.invalidate_cache(self.root)
-        entries = self.fs.find(self.root, detail=True)
-        names = {path[len(self.root) + 1 :]: int(entry["size"]) for path, entry in entries.items()}
-        return {n: size for n, size in sorted(names.items()) if not any(p.startswith(".") for p in n.split("/"))}
+        entries = cast(dict[str, Any], self.fs.find(self.root, detail=True))
+        sizes = {path[len(self.root) + 1 :]: int(entry["size"]) for path, entry in entries.items()}
+        return {n: size for n, size in sorted(sizes.items()) if not any(p.startswith(".") for p in n.split("/"))}
 
     def folders(self, name: str) -> list[str]:
         """Names of the folders directly in sub-folder ``name``, sorted, relative to this storage."""
