@@ -2,23 +2,30 @@
 
 A name inside a storage is a relative POSIX path ("checkpoints/step-000000100.json"). What is published is whole or
 absent: a local file is written beside its final name, synced and renamed; an object store makes an object visible when
-its upload completes.
+its upload completes. Object stores are called through ``remote``, which waits for one that is away.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, cast
+from typing import IO, Any, TypeVar, cast
+from weakref import WeakKeyDictionary
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+
+from orchestrator.remote import Line, check_no_credentials
+
+Result = TypeVar("Result")
 
 # fsspec protocols that other processes cannot see (memory://) or that cannot be written (http://)
 _PROCESS_LOCAL = {"memory"}
@@ -36,15 +43,22 @@ def sha256_hex(data: bytes | memoryview) -> str:
 class Storage:
     """A folder at an fsspec URL (``/path``, ``file:///path``, ``s3://bucket/prefix``, …).
 
-    Raises ValueError, saying what to do, if the URL names no known or usable file system.
+    Endpoints, credentials and options are those of fsspec and of the store's own library: environment variables
+    (``AWS_*``, ``FSSPEC_*``) and files in ``~/.aws`` and ``~/.config/fsspec``. Raises ValueError, saying what to do, if
+    the URL names no known or usable file system, or holds credentials. Of an object store every method may also raise
+    StoreRefusedError (a ValueError: a setting is wrong) and StoreUnreachableError (an OSError).
     """
 
     def __init__(self, url: str, *, _fs: Any = None) -> None:
         if not url:
             raise ValueError("empty storage URL: give a folder (/data/runs) or an fsspec URL (s3://bucket/prefix)")
+        check_no_credentials(url)
         self.url = url.rstrip("/") or "/"
+        if self.url.endswith(":"):
+            raise ValueError(f"storage URL {url!r} names no folder: give s3://bucket/prefix or the like")
+        self.root: str
         try:
-            self.fs, self.root = (_fs, _fs._strip_protocol(self.url)) if _fs else fsspec.core.url_to_fs(self.url)
+            self.fs, self.root = (_fs, _fs._strip_protocol(self.url)) if _fs else _open(self.url)
         except (ValueError, ImportError) as error:
             raise ValueError(f"storage URL {url!r} cannot be opened: {error}") from None
         protocols = {self.fs.protocol} if isinstance(self.fs.protocol, str) else set(self.fs.protocol)
@@ -54,12 +68,15 @@ class Storage:
         if self.is_local:
             # Workers have other working directories than the driver.
             self.url = self.root = os.path.abspath(self.root)  # noqa: PTH100 - keeps symbolic links as typed
+        self._line = _LINES.setdefault(self.fs, Line())
+        # Few large parts in memory at a time, whatever the size of a file; fsspec's default is up to 500 MB.
+        self._upload = {"chunksize": 16 << 20, "max_concurrency": 2} if "s3" in protocols else {}
 
     def __repr__(self) -> str:
         return f"Storage({self.url!r})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (Storage, (self.url,))
+        return (Storage, (self.url,))  # without the file system, which holds credentials
 
     def sub(self, name: str) -> Storage:
         """The sub-folder ``name`` as a storage of its own."""
@@ -73,69 +90,73 @@ class Storage:
         """Path of ``name`` on this machine, or None where the storage is remote."""
         return Path(self.path(name)) if self.is_local else None
 
+    def _call(self, name: str, function: Callable[[], Result]) -> Result:
+        """``function()``; of an object store, waiting for it where that can help."""
+        return function() if self.is_local else self._line.call(f"{self.url}/{name}".rstrip("/"), function)
+
     # -- reading ------------------------------------------------------------------------------------------------
 
     def exists(self, name: str) -> bool:
-        return bool(self.fs.exists(self.path(name)))
+        return self._call(name, lambda: bool(self.fs.exists(self.path(name))))
 
     def size_bytes(self, name: str) -> int:
-        return int(self.fs.size(self.path(name)))
+        return self._call(name, lambda: int(self.fs.size(self.path(name))))
 
     def read(self, name: str, sha256: str | None = None) -> bytes:
         """All bytes of ``name``. With ``sha256`` given, raises DigestError where they are not the published ones."""
-        data = cast(bytes, self.fs.cat_file(self.path(name)))
+        data = self._call(name, lambda: cast(bytes, self.fs.cat_file(self.path(name))))
         if sha256 is not None and sha256_hex(data) != sha256:
             raise DigestError(f"{self.url}/{name} is damaged: its SHA-256 is not the recorded one")
         return data
 
     def read_range(self, name: str, start: int, stop: int) -> bytes:
         """Bytes ``start`` to ``stop`` of ``name``. Raises OSError where the file ends before."""
-        data = cast(bytes, self.fs.cat_file(self.path(name), start=start, end=stop))
-        if len(data) != stop - start:
-            raise OSError(errno.EIO, f"{self.url}/{name} is truncated: {stop - start} bytes at {start} are not there")
-        return data
+        data = self._call(name, lambda: cast(bytes, self.fs.cat_file(self.path(name), start=start, end=stop)))
+        return self._whole(name, start, stop, data)
 
     def read_ranges(self, requests: Sequence[tuple[str, int, int]]) -> list[bytes]:
         """One ``bytes`` per (name, start, stop), in order; an object store serves them concurrently."""
         if self.is_local:
             return [self.read_range(*request) for request in requests]
         names, starts, stops = zip(*requests, strict=True)
-        chunks = self.fs.cat_ranges([self.path(n) for n in names], list(starts), list(stops), on_error="raise")
-        for (name, start, stop), chunk in zip(requests, chunks, strict=True):
-            if len(chunk) != stop - start:
-                raise OSError(
-                    errno.EIO,
-                    f"{self.url}/{name} is truncated: {stop - start} bytes at {start} are not there",
-                )
-        return cast(list[bytes], chunks)
+        paths = [self.path(n) for n in names]
+        chunks = self._call(names[0], lambda: self.fs.cat_ranges(paths, list(starts), list(stops), on_error="raise"))
+        return [self._whole(*request, chunk) for request, chunk in zip(requests, chunks, strict=True)]
+
+    def _whole(self, name: str, start: int, stop: int, data: bytes) -> bytes:
+        if len(data) != stop - start:
+            raise OSError(errno.EIO, f"{self.url}/{name} is truncated: {stop - start} bytes at {start} are not there")
+        return data
 
     @contextmanager
     def reading(self, name: str) -> Iterator[IO[bytes]]:
         """A seekable binary stream over ``name``."""
-        with self.fs.open(self.path(name), "rb") as stream:
-            yield stream
+        if self.is_local:
+            with open(self.path(name), "rb") as stream:
+                yield stream
+        else:
+            yield cast(IO[bytes], _RangeReader(self, name))
 
     def files(self, name: str = "") -> list[str]:
         """Names of the files directly in sub-folder ``name``, sorted, relative to this storage; [] if there is none."""
-        folder = self.path(name) if name else self.root
-        # An object store's listing may be cached by fsspec; another process may have written since.
-        self.fs.invalidate_cache(folder)
-        try:
-            entries = self.fs.ls(folder, detail=True)
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        prefix = f"{name}/" if name else ""
-        found = [prefix + PurePosixPath(e["name"]).name for e in entries if e["type"] == "file"]
-        return sorted(n for n in found if not PurePosixPath(n).name.startswith(".tmp-"))
+        return sorted(n for n in self.sizes_bytes(name) if not PurePosixPath(n).name.startswith(".tmp-"))
 
-    def sizes_bytes(self, name: str) -> dict[str, int]:
+    def sizes_bytes(self, name: str = "") -> dict[str, int]:
         """Size of every file directly in sub-folder ``name``, by its name relative to this storage; one listing."""
-        self.fs.invalidate_cache(self.path(name))
+        return {n: int(entry["size"]) for n, entry in self._entries(name).items() if entry["type"] == "file"}
+
+    def folders(self, name: str) -> list[str]:
+        """Names of the folders directly in sub-folder ``name``, sorted, relative to this storage."""
+        return sorted(n for n, entry in self._entries(name).items() if entry["type"] == "directory")
+
+    def _entries(self, name: str) -> dict[str, dict[str, Any]]:
+        path, prefix = (self.path(name), f"{name}/") if name else (self.root, "")
         try:
-            entries = self.fs.ls(self.path(name), detail=True)
+            entries = self._call(name, lambda: cast(list[dict[str, Any]], self.fs.ls(path, detail=True)))
         except (FileNotFoundError, NotADirectoryError):
             return {}
-        return {f"{name}/{PurePosixPath(e['name']).name}": int(e["size"]) for e in entries if e["type"] == "file"}
+        # Some stores list a folder's own marker in the folder.
+        return {prefix + PurePosixPath(e["name"]).name: e for e in entries if e["name"].rstrip("/") != path.rstrip("/")}
 
     def find(self) -> dict[str, int]:
         """Size in bytes of every file at any depth, by its name relative to this storage, sorted; {} if there is none.
@@ -156,25 +177,18 @@ class Storage:
                     if not name.startswith(".") and path.is_file():
                         found[path.relative_to(self.root).as_posix()] = path.stat().st_size
             return dict(sorted(found.items()))
-        self.fs.invalidate_cache(self.root)
-        entries = cast(dict[str, Any], self.fs.find(self.root, detail=True))
+        entries = self._call("", lambda: cast(dict[str, Any], self.fs.find(self.root, detail=True)))
         sizes = {path[len(self.root) + 1 :]: int(entry["size"]) for path, entry in entries.items()}
         return {n: size for n, size in sorted(sizes.items()) if not any(p.startswith(".") for p in n.split("/"))}
-
-    def folders(self, name: str) -> list[str]:
-        """Names of the folders directly in sub-folder ``name``, sorted, relative to this storage."""
-        path = self.path(name)
-        self.fs.invalidate_cache(path)
-        try:
-            entries = self.fs.ls(path, detail=True)
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        return sorted(f"{name}/{PurePosixPath(e['name']).name}" for e in entries if e["type"] == "directory")
 
     # -- writing ------------------------------------------------------------------------------------------------
 
     def publish(self, name: str, data: bytes) -> None:
         """Write ``data`` as ``name``, whole or not at all, replacing what was there."""
+        if not self.is_local:
+            target = self.path(name)
+            self._call(name, lambda: self.fs.pipe_file(target, data))
+            return
         with self.publishing(name) as stream:
             stream.write(data)
 
@@ -183,14 +197,11 @@ class Storage:
         """A binary stream whose content appears as ``name`` when the block ends, and never if it raises."""
         target = self.path(name)
         if not self.is_local:
-            stream = self.fs.open(target, "wb")
-            try:
-                yield stream
-            except BaseException:
-                stream.discard() if hasattr(stream, "discard") else None
-                stream.closed = True  # keeps fsspec's finalizer from uploading the fragment
-                raise
-            stream.close()
+            # On this machine's disk first: what an outage interrupts can be sent again, from its start.
+            with tempfile.NamedTemporaryFile(prefix="publishing-") as spool:
+                yield cast(IO[bytes], spool)
+                spool.flush()
+                self._call(name, lambda: self.fs.put_file(spool.name, target, **self._upload))
             return
         folder = Path(target).parent
         folder.mkdir(parents=True, exist_ok=True)
@@ -210,13 +221,15 @@ class Storage:
         """Write ``name`` only if nothing has that name; True if this call wrote it.
 
         Exclusive among processes on local disks (a hard link fails on an existing name) and on S3 (If-None-Match).
+        ``data`` must be this caller's alone: what is there and equal to it was written by this call.
         """
         target = self.path(name)
         if not self.is_local:
             try:
-                self.fs.pipe_file(target, data, mode="create")
+                self._call(name, lambda: self.fs.pipe_file(target, data, mode="create"))
             except FileExistsError:
-                return False
+                # The answer to a first try may have been lost, and a library tried again.
+                return self.read(name) == data
             return True
         folder = Path(target).parent
         folder.mkdir(parents=True, exist_ok=True)
@@ -237,8 +250,14 @@ class Storage:
     def delete(self, name: str) -> None:
         """Remove the file or sub-folder ``name``; nothing happens if it is not there."""
         path = self.path(name)
-        if self.fs.exists(path):
-            self.fs.rm(path, recursive=True)
+
+        def remove() -> None:
+            # Another process, or a try before this one, may have removed some of it.
+            with suppress(FileNotFoundError):
+                if self.fs.exists(path):
+                    self.fs.rm(path, recursive=True)
+
+        self._call(name, remove)
 
     def delete_fragments(self, name: str = "") -> None:
         """Remove what killed writers have left half-written in sub-folder ``name``; no writer may be at work there.
@@ -266,11 +285,64 @@ class Storage:
             if self.read(probe) != b"probe":
                 raise OSError("what was written did not come back")
             self.delete(probe)
-        except Exception as error:
-            raise ValueError(
-                f"storage {self.url!r} cannot be written ({type(error).__name__}: {error}): "
-                "check that it exists, its permissions and, for an object store, endpoint and credentials"
-            ) from None
+        except (ValueError, OSError) as error:
+            hint = ": check that it exists, and its permissions" if self.is_local else ""
+            raise ValueError(f"storage {self.url!r} cannot be written ({error}){hint}") from None
+
+
+# One a store and process, whatever folders of it are in use.
+_LINES: WeakKeyDictionary[Any, Line] = WeakKeyDictionary()
+
+
+def _open(url: str) -> tuple[Any, str]:
+    """File system and path of ``url``."""
+    is_local = "://" not in url or url.startswith(("file:", "local:"))
+    # Another process may have written since a listing.
+    return cast(tuple[Any, str], fsspec.core.url_to_fs(url, **({} if is_local else {"use_listings_cache": False})))
+
+
+class _RangeReader(io.RawIOBase):
+    """A seekable stream of ranged reads: small ones while a caller jumps about, larger ones while it reads on."""
+
+    _least_bytes, _most_bytes = 64 << 10, 8 << 20
+
+    def __init__(self, storage: Storage, name: str) -> None:
+        self._storage, self._name = storage, name
+        self._size = storage.size_bytes(name)
+        self._position = self._start = 0
+        self._buffer = b""
+        self._ahead = self._least_bytes
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        self._position = max(0, base + offset)
+        return self._position
+
+    def read(self, size: int = -1) -> bytes:
+        stop = self._size if size < 0 else min(self._size, self._position + size)
+        if self._position >= stop:
+            return b""
+        pieces = []
+        while self._position < stop:
+            end = self._start + len(self._buffer)
+            if not self._start <= self._position < end:
+                reads_on = self._position == end and end > 0
+                self._ahead = min(2 * self._ahead, self._most_bytes) if reads_on else self._least_bytes
+                last = min(self._size, max(self._position + self._ahead, min(stop, self._position + self._most_bytes)))
+                self._buffer = self._storage.read_range(self._name, self._position, last)
+                self._start, end = self._position, last
+            pieces.append(self._buffer[self._position - self._start : stop - self._start])
+            self._position += len(pieces[-1])
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 def _checked(name: str) -> str:

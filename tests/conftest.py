@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from orchestrator.data.shards import DataSet
 from orchestrator.storage import Storage
+from tests.s3_server import S3Server, s3_server
 
 
 def run_module(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
@@ -50,3 +52,19 @@ def real_data() -> Path:
     if not folder:
         pytest.skip("REAL_DATA is not set: no real images")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def _s3_process() -> Iterator[S3Server]:
+    with s3_server() as server:
+        yield server
+
+
+@pytest.fixture
+def s3(_s3_process: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
+    """An S3 server that works, and the environment that names it, here and in started processes."""
+    for name, value in _s3_process.environment.items():
+        monkeypatch.setenv(name, value)
+    yield _s3_process
+    for command in ("start", "fail 0", "hang 0"):
+        _s3_process.tell(command)

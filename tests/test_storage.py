@@ -17,14 +17,22 @@ import pytest
 
 from orchestrator.storage import DigestError, Storage, sha256_hex
 from tests import object_store
+from tests.s3_server import BUCKET
 
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(params=["local", "object store"])
+@pytest.fixture(params=["local", "object store", "s3"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Storage]:
     object_store.Bucket.objects.clear()
-    yield Storage(str(tmp_path / "runs") if request.param == "local" else "bucket://bucket/runs")
+    match request.param:
+        case "local":
+            yield Storage(str(tmp_path / "runs"))
+        case "object store":
+            yield Storage("bucket://bucket/runs")
+        case "s3":
+            request.getfixturevalue("s3")
+            yield Storage(f"s3://{BUCKET}/{tmp_path.name}")
     object_store.Bucket.objects.clear()
 
 
@@ -38,6 +46,8 @@ def test_published_bytes_come_back(storage: Storage) -> None:
     with storage.reading("a/b.bin") as stream:
         stream.seek(7)
         assert stream.read() == b"789"
+        stream.seek(-3, os.SEEK_END)
+        assert (stream.read(2), stream.tell(), stream.read(), stream.read()) == (b"78", 9, b"9", b"")
     storage.publish("a/b.bin", b"new")
     assert storage.read("a/b.bin") == b"new"
 
@@ -170,11 +180,19 @@ def test_names_stay_inside(storage: Storage, name: str) -> None:
 
 @pytest.mark.parametrize(
     ("url", "message"),
-    [("memory://x", "invisible"), ("", "empty"), ("nosuch://x/y", "cannot be opened")],
+    [
+        ("memory://x", "invisible"),
+        ("", "empty"),
+        ("nosuch://x/y", "cannot be opened"),
+        ("s3://", "names no folder"),
+        ("s3://name:hush@bucket/x", "holds credentials"),
+        ("s3://bucket/x?secret=hush", "holds credentials"),
+    ],
 )
 def test_useless_urls_are_refused(url: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         Storage(url)
+    assert "hush" not in str(caught.value)
 
 
 def test_a_storage_travels_to_other_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

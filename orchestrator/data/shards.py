@@ -32,6 +32,8 @@ from orchestrator.storage import DigestError, Storage, sha256_hex
 
 FORMAT = "resnet-orchestrator-shards/1"
 UNLABELLED = -1
+# kinds of files in a manifest: images without pixels; files that are no images; images made smaller (only counted)
+UNDECODABLE, PASSED_OVER, RESIZED = "undecodable", "passed over", "resized"
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -79,7 +81,10 @@ class SplitInfo:
 
 @dataclass(frozen=True)
 class OddImage:
-    """An image that needed attention: what it is ("png", "cmyk", "grayscale", "undecodable") and what was done."""
+    """A file that needed attention: what it is ("png", "cmyk", "undecodable", "passed over", …) and what was done.
+
+    ``split`` is "" for a file that belongs to none.
+    """
 
     split: str
     name: str
@@ -89,7 +94,7 @@ class OddImage:
 
 @dataclass(frozen=True)
 class Source:
-    """An input archive: file name, size in bytes, MD5 where it was computed, and whether that is the official one."""
+    """An input archive or folder: its name, size in bytes, MD5 where computed, and whether that is the official one."""
 
     name: str
     nbytes: int
@@ -109,10 +114,18 @@ class Manifest:
     statistics_crop: int  # pixels: side of the mean image
     odd: tuple[OddImage, ...] = ()
     sources: tuple[Source, ...] = ()
+    # Of image folders: what else decides over the images and their order, as a JSON object.
+    options: Mapping[str, Any] = field(default_factory=dict)
+    # Of image folders: split → kind → how many. Of the undecodable ``odd`` lists all, of others the first of each kind.
+    counted: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     format: str = FORMAT
 
     def to_bytes(self) -> bytes:
-        return (json.dumps(asdict(self), indent=1, sort_keys=True) + "\n").encode()
+        raw = asdict(self)
+        for key in ("options", "counted"):  # left out where empty: digests are older than these fields
+            if not raw[key]:
+                del raw[key]
+        return (json.dumps(raw, indent=1, sort_keys=True) + "\n").encode()
 
     @staticmethod
     def from_bytes(data: bytes) -> Manifest:
@@ -133,8 +146,10 @@ class Manifest:
                 statistics_crop=raw["statistics_crop"],
                 odd=tuple(OddImage(**o) for o in raw["odd"]),
                 sources=tuple(Source(**s) for s in raw["sources"]),
+                options=raw.get("options", {}),
+                counted=raw.get("counted", {}),
             )
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ValueError(f"manifest.json cannot be read ({error!r}): prepare the data set again") from None
 
 
@@ -205,7 +220,8 @@ class ShardWriter:
     def _member(self, name: str, data: bytes) -> int:
         header = tarfile.TarInfo(name)
         header.size, header.mode = len(data), 0o644
-        self._stream.write(header.tobuf(tarfile.GNU_FORMAT))
+        # UTF-8 whatever the locale of this machine: the same images give the same bytes.
+        self._stream.write(header.tobuf(tarfile.GNU_FORMAT, "utf-8"))
         offset = self._stream.nbytes
         self._stream.write(data)
         self._stream.write(bytes(-len(data) % tarfile.BLOCKSIZE))
@@ -318,14 +334,7 @@ class DataSet:
         except FileNotFoundError:
             raise ValueError(
                 f"no prepared data set at {storage.url!r} (no manifest.json): make one with "
-                "python -m data_prep.ilsvrc ARCHIVES --out URL"
-            ) from None
-        except OSError:
-            raise
-        except Exception as error:  # what object stores raise for endpoints and credentials
-            raise ValueError(
-                f"data set {storage.url!r} cannot be read ({type(error).__name__}: {error}): "
-                "check the URL, its permissions and, for an object store, endpoint and credentials"
+                "python -m data_prep.ilsvrc ARCHIVES --out URL, or data_prep.image_folder FOLDER --out URL"
             ) from None
         self.manifest = Manifest.from_bytes(data)
         self.digest = sha256_hex(data)
@@ -385,3 +394,13 @@ class DataSet:
 def key_of(file_name: str) -> str:
     """The WebDataset key of a source file: its base name without extension."""
     return PurePosixPath(file_name).stem
+
+
+def path_key(file_name: str, *, distinct: bool = False) -> str:
+    """The WebDataset key of a file of a folder: its relative path without extension, and without what no key may hold.
+
+    ``distinct``: with a digest of the whole name, where the keys of two files would be the same (x.jpg and x.png).
+    """
+    path = str(PurePosixPath(file_name).with_suffix(""))
+    key = "".join(c if c.isprintable() and c not in ".\\" else "_" for c in path)
+    return f"{key}-{sha256_hex(file_name.encode())[:8]}" if distinct else key

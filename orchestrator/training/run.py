@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -72,7 +73,8 @@ def _identity(config: TrainConfig, data_sha256: str | None) -> dict[str, Any]:
 def next_attempt(run: Storage, who: dict[str, Any]) -> int:
     """Number of this start of the run, taken exclusively. The highest number owns the run."""
     number = newest_attempt(run) + 1
-    while not run.create(f"attempts/{number:06d}.json", json.dumps(who).encode()):
+    content = json.dumps(who | {"token": secrets.token_hex(8)}).encode()  # no other start writes the same
+    while not run.create(f"attempts/{number:06d}.json", content):
         number += 1
     return number
 

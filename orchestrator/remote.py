@@ -1,0 +1,168 @@
+"""Calls to an object store: made again while waiting can help; else an error that names the setting to look at.
+
+Nothing here opens a store: ``storage`` does, and passes every call through a ``Line``. Libraries of object stores raise
+exceptions of their own, which are told apart by their names, so that none of them needs to be installed.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import random
+import re
+import threading
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+_log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+# A store that has never answered is most likely a wrong setting: this long. One that has is waited for, but no longer
+# than the other workers wait for this one (their process group gives up after 600 s).
+FIRST_CONTACT_S = 5.0
+PATIENCE_S = 300.0
+_LONGEST_PAUSE_S = 10.0
+
+_CREDENTIALS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, as any fsspec program takes them"
+_ENDPOINT = "AWS_ENDPOINT_URL (or FSSPEC_S3_ENDPOINT_URL)"
+_STYLE = """FSSPEC_S3='{"config_kwargs": {"s3": {"addressing_style": "path"}}}'"""
+
+# What an error's type and text contain, and what to do. The first match counts. All of these are settings.
+_SETTINGS = (
+    (r"NoCredentials|PartialCredentials|CredentialRetrieval", f"no credentials were found: set {_CREDENTIALS}, or "
+     "FSSPEC_S3_ANON=true for a public bucket"),
+    (r"ProfileNotFound", "AWS_PROFILE names a profile that ~/.aws does not have"),
+    (r"InvalidAccessKeyId|Access Key Id you provided does not exist", "this store does not know the access key: check "
+     f"AWS_ACCESS_KEY_ID (or AWS_PROFILE), and {_ENDPOINT}"),
+    (r"SignatureDoesNotMatch|signature we calculated", "the secret does not belong to the access key: check "
+     "AWS_SECRET_ACCESS_KEY (or AWS_PROFILE)"),
+    (r"ExpiredToken|token has expired|TokenRefreshRequired|InvalidToken|token is malformed", "the session token is "
+     "over: renew AWS_SESSION_TOKEN"),
+    (r"RequestTimeTooSkewed", "this machine's clock is wrong: set it"),
+    (r"PermanentRedirect|AuthorizationHeaderMalformed|IllegalLocationConstraint|region '[\w-]*' is wrong", "the bucket "
+     "is in another region: set AWS_DEFAULT_REGION"),
+    (r"Invalid endpoint|UnknownEndpoint", f"{_ENDPOINT} is no URL such as https://host:9000"),
+    (r"InvalidBucketName|ParamValidation", "the bucket's name is not one that a store can have: check the URL"),
+    (r"NoSuchBucket|bucket does not exist", f"there is no such bucket: create it, check the URL, or {_ENDPOINT}"),
+    (r"AccessDenied|Forbidden|\b403\b|PermissionError", "the credentials do not allow this: check the bucket's policy, "
+     f"and {_CREDENTIALS}"),
+    (r"SSL|certificate", f"no secure connection: check that {_ENDPOINT} says https only where the store speaks it, and "
+     "AWS_CA_BUNDLE"),
+)  # fmt: skip
+_TOO_SHORT = r"InvalidRange|range is not satisfiable"
+# What waiting can help against; the advice is for a store that has never answered.
+_TRANSIENT = (
+    (r"EndpointConnection|ConnectTimeout|ConnectionRefused|ClientConnector|getaddrinfo|resolve", "nothing answers "
+     f"there: check {_ENDPOINT}, the network and proxies; a store that knows no bucket.host addresses needs {_STYLE}"),
+    (r"", "check that the store is well, and that its address is right: " + _ENDPOINT),
+)  # fmt: skip
+
+
+class StoreRefusedError(ValueError):
+    """A store will not do this until a setting is changed; the message names the setting."""
+
+
+class StoreUnreachableError(OSError):
+    """A store did not answer for as long as it was worth waiting."""
+
+
+class Line:
+    """The calls to one store. Threads may share it."""
+
+    _trusted = False
+
+    def __init__(self, *, first_contact_s: float = FIRST_CONTACT_S, patience_s: float = PATIENCE_S) -> None:
+        self._first_contact_s, self._patience_s = first_contact_s, patience_s
+        self._answered = False
+        self._lock = threading.Lock()
+        self._waiting = 0  # calls that a failure makes wait: the first of them tells, and the last
+
+    @classmethod
+    def trust(cls) -> None:
+        """Whoever started this process has reached the stores: that one does not answer now is an outage."""
+        cls._trusted = True
+
+    def call(self, place: str, function: Callable[[], Result]) -> Result:
+        """``function()``, again after failures that pass. ``place`` names the object for messages.
+
+        Raises FileNotFoundError and FileExistsError as they are (the store has answered), StoreRefusedError where a
+        setting is wrong, StoreUnreachableError when patience is over.
+        """
+        started_s, pause_s, tells = time.monotonic(), 0.2, False
+        try:
+            while True:
+                try:
+                    result = function()
+                    self._answered = True
+                    return result
+                except FileExistsError:
+                    self._answered = True
+                    raise
+                except Exception as error:
+                    advice = advice_for(error, _SETTINGS)
+                    if isinstance(error, FileNotFoundError):
+                        self._answered = True
+                        if advice is None:
+                            raise
+                    if re.search(_TOO_SHORT, _texts(error)):
+                        raise OSError(errno.EIO, f"{place} is truncated: it ends before what was asked for") from None
+                    if advice is not None:
+                        raise StoreRefusedError(f"{place}: {advice}{_said(error)}") from None
+                    if type(error).__module__ == "builtins" and not isinstance(error, OSError):
+                        raise  # a fault of the program, not of the store
+                    known, waited_s = self._answered or self._trusted, time.monotonic() - started_s
+                    if waited_s >= (self._patience_s if known else self._first_contact_s):
+                        said = f"no answer for {waited_s:.0f} s{_said(error)}"
+                        if known:
+                            raise StoreUnreachableError(f"{place}: {said}: the same command goes on later") from None
+                        raise StoreRefusedError(f"{place}: {said}: {advice_for(error, _TRANSIENT)}") from None
+                    if not tells and known and waited_s > 1:
+                        tells = True
+                        self._tell(place, error)
+                    time.sleep(pause_s * random.uniform(0.5, 1))
+                    pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+        finally:
+            if tells:
+                self._tell_end(place, time.monotonic() - started_s)
+
+    def _tell(self, place: str, error: Exception) -> None:
+        with self._lock:
+            self._waiting += 1
+            if self._waiting == 1:
+                _log.warning("%s: no answer; waiting up to %.0f s%s", place, self._patience_s, _said(error))
+
+    def _tell_end(self, place: str, waited_s: float) -> None:
+        with self._lock:
+            self._waiting -= 1
+            if not self._waiting:
+                _log.warning("%s: waited %.0f s for it", place, waited_s)
+
+
+def advice_for(error: BaseException, table: tuple[tuple[str, str], ...] = (*_SETTINGS, *_TRANSIENT)) -> str | None:
+    """What the first line of ``table`` that speaks of ``error`` or its causes advises; None where none does."""
+    text = _texts(error)
+    return next((advice for pattern, advice in table if re.search(pattern, text)), None)
+
+
+def check_no_credentials(url: str) -> None:
+    """Raises ValueError, without repeating them, where ``url`` holds credentials: URLs are shown and recorded."""
+    if re.search(r"//[^/@]+:[^/@]*@", url) or re.search(r"[?&](key|secret|token|password|sig|signature)=", url, re.I):
+        raise ValueError(f"a storage URL holds credentials: leave them out and set {_CREDENTIALS}")
+
+
+def _texts(error: BaseException | None) -> str:
+    """Types and messages of ``error`` and of what caused it."""
+    texts: list[str] = []
+    while error is not None and len(texts) < 8:
+        texts.append(f"{type(error).__name__}: {error}")
+        error = error.__cause__ or error.__context__
+    return "\n".join(texts)
+
+
+def _said(error: BaseException) -> str:
+    """The store's own words, short, in brackets, without what may hold a secret."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    text = re.sub(r"(?i)((?:key|secret|token|signature|credential)[\w-]*\W{1,3})[\w+/=%-]{16,}", r"\1***", text)
+    return f" ({text[:300]})"
