@@ -52,6 +52,7 @@ class Order(Enum):
     """How an epoch visits the images."""
 
     FULL = "full"  # a keyed permutation of the whole set
+    WINDOWED = "windowed"  # shards permuted, then the images within a window of shards: for sets that no node holds
     SEQUENTIAL = "sequential"  # as they lie in the shards: to look at data, not to train
 
 
@@ -110,7 +111,9 @@ class InputConfig:
     test_shorter_side_px: int = 256
     """shorter side of a validation image before its centre crop, pixels"""
     order: Order = Order.FULL
-    """order of the images in an epoch"""
+    """order of the images in an epoch: full; windowed, for a remote set that no node can hold"""
+    window_shards: int = 16
+    """shards whose images are mixed (windowed): more mix better, and need more room in the cache"""
     max_undecodable: int = 50
     """undecodable images, not known from the preparation, that one worker puts up with; more stop the run"""
 
@@ -253,6 +256,10 @@ class PlacementConfig:
     """restarts of the worker group before the run gives up"""
     prefetch_batches: int = 2
     """batches that the input side works ahead"""
+    cache_dir: str = ""
+    """where a node keeps shards of a remote data set; empty: a folder of this user's in TMPDIR"""
+    cache_gb: float | None = None
+    """GB (10^9 bytes) that this folder may hold on a node; None: half of what is free; 0: no cache"""
 
 
 @dataclass(frozen=True)
@@ -384,6 +391,7 @@ def _check(config: TrainConfig) -> None:
         "schedule.max_steps": s.max_steps,
         "schedule.lr": s.lr,
         "schedule.plateau_window": s.plateau_window,
+        "input.window_shards": i.window_shards,
         "rhythm.log_every_steps": r.log_every_steps,
         "rhythm.validate_every_epochs": r.validate_every_epochs,
         "rhythm.validation_batch_size": r.validation_batch_size,
@@ -404,6 +412,7 @@ def _check(config: TrainConfig) -> None:
         "placement.num_workers": config.placement.num_workers,
         "placement.cpus_per_worker": config.placement.cpus_per_worker,
         "placement.max_failures": config.placement.max_failures,
+        "placement.cache_gb": config.placement.cache_gb or 0.0,
     }
     wrong += [f"{name} must not be negative, not {value}" for name, value in not_negative.items() if value < 0]
     floats = {"schedule.lr": s.lr, "schedule.warmup_lr": s.warmup_lr, "optimizer.weight_decay": o.weight_decay}

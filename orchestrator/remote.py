@@ -68,21 +68,23 @@ class StoreUnreachableError(OSError):
     """A store did not answer for as long as it was worth waiting."""
 
 
+_trusts = False
+
+
+def trust_stores() -> None:
+    """Whoever started this process has reached its stores: that one does not answer now is an outage."""
+    global _trusts
+    _trusts = True
+
+
 class Line:
     """The calls to one store. Threads may share it."""
-
-    _trusted = False
 
     def __init__(self, *, first_contact_s: float = FIRST_CONTACT_S, patience_s: float = PATIENCE_S) -> None:
         self._first_contact_s, self._patience_s = first_contact_s, patience_s
         self._answered = False
         self._lock = threading.Lock()
         self._waiting = 0  # calls that a failure makes wait: the first of them tells, and the last
-
-    @classmethod
-    def trust(cls) -> None:
-        """Whoever started this process has reached the stores: that one does not answer now is an outage."""
-        cls._trusted = True
 
     def call(self, place: str, function: Callable[[], Result]) -> Result:
         """``function()``, again after failures that pass. ``place`` names the object for messages.
@@ -112,7 +114,7 @@ class Line:
                         raise StoreRefusedError(f"{place}: {advice}{_said(error)}") from None
                     if type(error).__module__ == "builtins" and not isinstance(error, OSError):
                         raise  # a fault of the program, not of the store
-                    known, waited_s = self._answered or self._trusted, time.monotonic() - started_s
+                    known, waited_s = self._answered or _trusts, time.monotonic() - started_s
                     if waited_s >= (self._patience_s if known else self._first_contact_s):
                         said = f"no answer for {waited_s:.0f} s{_said(error)}"
                         if known:

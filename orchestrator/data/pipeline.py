@@ -233,7 +233,8 @@ class _Feed(ABC):
 class TrainInput(_Feed):
     """An endless iterator over the training batches of one worker.
 
-    ``positions_of(step)`` gives the stream positions [N] int64 that this worker sees in ``step``.
+    ``positions_of(step)`` gives the stream positions [N] int64 that this worker sees in ``step``; ``ahead`` is told the
+    first of them, before they are read.
     """
 
     def __init__(
@@ -247,16 +248,20 @@ class TrainInput(_Feed):
         positions_of: Callable[[int], np.ndarray],
         start_step: int,
         max_undecodable: int,
+        ahead: Callable[[int], None] = lambda position: None,
     ) -> None:
-        super().__init__(split, mean, settings, view.crop, len(positions_of(start_step)), max_undecodable)
+        first = positions_of(start_step)
+        super().__init__(split, mean, settings, view.crop, len(first), max_undecodable)
         self.stream, self.view, self.axes = stream, view, axes
-        self._positions_of, self._start_step = positions_of, start_step
+        self._positions_of, self._start_step, self._ahead = positions_of, start_step, ahead
+        ahead(int(first[0]))
         self._batches = self._iterate()
 
     def _jobs(self) -> Iterator[_Job]:
         step = self._start_step
         while True:
             positions = self._positions_of(step)
+            self._ahead(int(positions[0]))
             yield _Job(positions, self.stream.images(positions), np.zeros(len(positions), bool))
             step += 1
 

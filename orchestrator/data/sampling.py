@@ -6,7 +6,7 @@ no state, no shuffle buffer, the same at any number of workers. The whole state 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 import numpy as np
@@ -72,29 +72,107 @@ class Purpose(Enum):
 
 
 @dataclass(frozen=True)
+class _Epoch:
+    """How the windowed order visits S shards in K windows in one epoch; places count from its start."""
+
+    shards: np.ndarray  # [S] int64: shard number of each slot
+    first_place: np.ndarray  # [S] int64: place of the slot's first image
+    first_image: np.ndarray  # [S] int64: index of the slot's first image
+    window_first: np.ndarray  # [K + 1] int64: place where each window begins; the last is the number of images
+
+
+@dataclass(frozen=True)
 class SampleStream:
-    """The samples of ``num_images`` images under ``seed`` (0 ≤ seed < 2**63)."""
+    """The samples of ``num_images`` images under ``seed`` (0 ≤ seed < 2**63).
+
+    The windowed order needs ``shard_counts`` ([S] int64: images of each shard) and ``window_shards``: an epoch visits
+    the shards in a keyed permutation, and the images of ``window_shards`` neighbours in it are permuted together.
+    """
 
     num_images: int
     seed: int
     order: Order = Order.FULL
+    shard_counts: np.ndarray | None = None
+    window_shards: int = 0
+    _epochs: dict[int, _Epoch] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.num_images < 1:
             raise ValueError("the training set is empty: prepare a data set with at least one training image")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed {self.seed} is outside [0, 2**63): choose another")
+        if self.order is Order.WINDOWED:
+            assert self.shard_counts is not None
+            assert self.window_shards > 0
+            assert self.shard_counts.sum() == self.num_images
 
     def images(self, positions: np.ndarray) -> np.ndarray:
         """Image index [n] int64 in [0, num_images) of each stream position [n] int64."""
         epoch, place = np.divmod(positions, self.num_images)
         match self.order:
             case Order.FULL:
-                with np.errstate(over="ignore"):
-                    key = mix64(mix64(np.full(len(positions), self.seed, np.uint64)) ^ epoch.astype(np.uint64))
-                return permute(key, place, self.num_images)
+                return permute(self._key(epoch.astype(np.uint64)), place, self.num_images)
+            case Order.WINDOWED:
+                return self._windowed(epoch, place)
             case Order.SEQUENTIAL:
                 return place
+
+    def upcoming_shards(self, position: int) -> np.ndarray:
+        """Shards [n] int64 to have at hand from stream ``position`` on, soonest first: those of its window and of the
+        next one; in another order than the windowed, all.
+        """
+        if self.shard_counts is None:
+            return np.zeros(0, np.int64)
+        if self.order is not Order.WINDOWED:
+            return np.arange(len(self.shard_counts))
+        epoch, place = divmod(position, self.num_images)
+        plan = self._epoch(epoch)
+        first = int(np.searchsorted(plan.window_first, place, "right") - 1) * self.window_shards
+        soon = plan.shards[first : first + 2 * self.window_shards]
+        if first + self.window_shards >= len(plan.shards):  # the next window is the first one of the next epoch
+            soon = np.concatenate([soon, self._epoch(epoch + 1).shards[: self.window_shards]])
+        return soon[np.sort(np.unique(soon, return_index=True)[1])]
+
+    def _key(self, *parts: np.ndarray) -> np.ndarray:
+        """A key [n] uint64 for the seed and the numbers [n] uint64 in ``parts``."""
+        key = mix64(np.full(len(parts[0]), self.seed, np.uint64))
+        for part in parts:
+            key = mix64(key ^ part)
+        return key
+
+    def _epoch(self, epoch: int) -> _Epoch:
+        plan = self._epochs.get(epoch)
+        if plan is None:
+            assert self.shard_counts is not None
+            number = np.arange(len(self.shard_counts))
+            # Keyed apart from the windows: those count from 0.
+            key = self._key(*(np.full(len(number), part, np.uint64) for part in (epoch, 2**64 - 1)))
+            shards = permute(key, number, len(number))
+            places = np.concatenate([[0], np.cumsum(self.shard_counts[shards])])
+            plan = _Epoch(
+                shards=shards,
+                first_place=places[:-1],
+                first_image=(np.cumsum(self.shard_counts) - self.shard_counts)[shards],
+                window_first=np.append(places[: -1 : self.window_shards], self.num_images),
+            )
+            while len(self._epochs) >= 4:
+                self._epochs.pop(next(iter(self._epochs)), None)
+            self._epochs[epoch] = plan
+        return plan
+
+    def _windowed(self, epochs: np.ndarray, places: np.ndarray) -> np.ndarray:
+        images = np.empty(len(places), np.int64)
+        for epoch in np.unique(epochs).tolist():
+            plan, of_epoch = self._epoch(epoch), np.flatnonzero(epochs == epoch)
+            windows = np.searchsorted(plan.window_first, places[of_epoch], "right") - 1
+            for window in np.unique(windows).tolist():
+                these = of_epoch[windows == window]
+                first, end = int(plan.window_first[window]), int(plan.window_first[window + 1])
+                key = self._key(*(np.full(len(these), part, np.uint64) for part in (epoch, window)))
+                mixed = first + permute(key, places[these] - first, end - first)
+                slot = np.searchsorted(plan.first_place, mixed, "right") - 1
+                images[these] = plan.first_image[slot] + mixed - plan.first_place[slot]
+        return images
 
     def uniforms(self, positions: np.ndarray, purpose: Purpose, count: int) -> np.ndarray:
         """``count`` numbers in the open interval (0, 1) for each position: [n, count] float64, of 32 random bits."""

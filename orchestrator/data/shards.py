@@ -19,7 +19,7 @@ import json
 import os
 import tarfile
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import PurePosixPath
 from types import TracebackType
@@ -134,7 +134,7 @@ class Manifest:
             raw = json.loads(data)
             if raw["format"] != FORMAT:
                 raise ValueError(f"format {raw['format']!r}, this program reads {FORMAT!r}")
-            return Manifest(
+            manifest = Manifest(
                 name=raw["name"],
                 classes=tuple(ClassInfo(**c) for c in raw["classes"]),
                 splits={
@@ -149,6 +149,12 @@ class Manifest:
                 options=raw.get("options", {}),
                 counted=raw.get("counted", {}),
             )
+            numbers = [split.count for split in manifest.splits.values()]
+            for split in manifest.splits.values():
+                numbers += [number for shard in split.shards for number in (shard.count, shard.nbytes)]
+            if not all(isinstance(n, int) and n >= 0 for n in numbers):
+                raise TypeError("a count that is none")
+            return manifest
         except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ValueError(f"manifest.json cannot be read ({error!r}): prepare the data set again") from None
 
@@ -274,6 +280,11 @@ class Split:
     def __len__(self) -> int:
         return self.info.count
 
+    @property
+    def shard_counts(self) -> np.ndarray:
+        """Images of each shard: [number of shards] int64. Images of a shard are neighbours, in the shards' order."""
+        return np.array([shard.count for shard in self.info.shards], np.int64)
+
     def read(self, indices: np.ndarray) -> list[np.ndarray]:
         """Encoded bytes of the images ``indices`` [n] int64: n arrays [bytes] uint8, in order. Raises OSError."""
         requests = []
@@ -288,27 +299,44 @@ class Split:
 
 
 class _Reader:
-    """Ranged reads. Local shards are read with pread: a file truncated underneath is an OSError, not a SIGBUS."""
+    """Ranged reads. Files are read with pread: one truncated underneath is an OSError, not a SIGBUS.
+
+    ``staged``: opens the copy of a remote shard on this machine, if there is one.
+    """
 
     max_open_files = 128
 
-    def __init__(self, storage: Storage) -> None:
-        self._storage = storage
+    def __init__(self, storage: Storage, staged: Callable[[str], IO[bytes] | None] | None = None) -> None:
+        self._storage, self._staged = storage, staged
         self._files: OrderedDict[str, IO[bytes]] = OrderedDict()
 
     def read(self, requests: Sequence[tuple[str, int, int]]) -> list[bytes]:
-        if not self._storage.is_local:
-            return self._storage.read_ranges(requests)
-        return [self._pread(*request) for request in requests]
+        if self._storage.is_local:
+            return [self._pread(*request) for request in requests]
+        found = [self._read_staged(*request) for request in requests]
+        missing = [i for i, data in enumerate(found) if data is None]
+        if missing:
+            for i, data in zip(missing, self._storage.read_ranges([requests[i] for i in missing]), strict=True):
+                found[i] = data
+        return [data for data in found if data is not None]
 
     def close(self) -> None:
         while self._files:
             self._files.popitem()[1].close()
 
+    def _read_staged(self, name: str, start: int, stop: int) -> bytes | None:
+        try:
+            return self._pread(name, start, stop)
+        except FileNotFoundError:
+            return None
+        except OSError:  # someone has cut the copy, or its disk fails
+            self._files.pop(name).close()
+            return None
+
     def _pread(self, name: str, start: int, stop: int) -> bytes:
         file = self._files.get(name)
         if file is None:
-            file = open(self._storage.path(name), "rb", buffering=0)  # noqa: SIM115 - kept open
+            file = self._open(name)
             self._files[name] = file
             if len(self._files) > self.max_open_files:
                 self._files.popitem(last=False)[1].close()
@@ -318,6 +346,14 @@ class _Reader:
         if len(data) != stop - start:
             raise OSError(f"{self._storage.url}/{name} is truncated: prepare the data set again")
         return data
+
+    def _open(self, name: str) -> IO[bytes]:
+        if self._storage.is_local:
+            return open(self._storage.path(name), "rb", buffering=0)
+        file = self._staged(name) if self._staged else None
+        if file is None:
+            raise FileNotFoundError(name)
+        return file
 
 
 class DataSet:
@@ -364,8 +400,11 @@ class DataSet:
 
         return load(self.storage.read(self.manifest.statistics, self.manifest.statistics_sha256))
 
-    def split(self, name: str) -> Split:
-        """The split ``name``. Raises ValueError where the data set has none, or its index is damaged."""
+    def split(self, name: str, staged: Callable[[str], IO[bytes] | None] | None = None) -> Split:
+        """The split ``name``. Raises ValueError where the data set has none, or its index is damaged.
+
+        ``staged`` opens the copy of a remote shard on this machine, if there is one (``cache.ShardCache.open``).
+        """
         info = self._info(name)
         local = self.storage.local_path(info.index)
         try:
@@ -378,11 +417,16 @@ class DataSet:
             table = pa.ipc.open_file(buffer).read_all()
         except (FileNotFoundError, DigestError, pa.ArrowInvalid) as error:
             raise ValueError(f"{error}: prepare the data set again") from None
-        if table.num_rows != info.count or table.schema != INDEX_SCHEMA:
+        order = np.repeat(np.arange(len(info.shards)), [shard.count for shard in info.shards])
+        if (
+            table.num_rows != info.count
+            or table.schema != INDEX_SCHEMA
+            or not np.array_equal(table["shard"].to_numpy(), order)
+        ):
             raise ValueError(f"{self.storage.url}/{info.index} does not fit its manifest: prepare the data set again")
         columns = {c: table[c].chunk(0) if info.count else pa.array([], table[c].type) for c in table.column_names}
         arrays = {c: a.to_numpy() for c, a in columns.items() if c != "name"}
-        return Split(name=name, info=info, names=columns["name"], _reader=_Reader(self.storage), **arrays)
+        return Split(name=name, info=info, names=columns["name"], _reader=_Reader(self.storage, staged), **arrays)
 
     def _info(self, name: str) -> SplitInfo:
         if name not in self.manifest.splits:

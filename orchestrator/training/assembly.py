@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,9 +12,11 @@ from torch import nn
 
 from orchestrator import models
 from orchestrator.config import MeanKind, Precision, TrainConfig
+from orchestrator.data.cache import ShardCache, default_folder
 from orchestrator.data.decoder import DecodeSettings
 from orchestrator.data.pipeline import Mean
-from orchestrator.data.shards import DataSet
+from orchestrator.data.sampling import SampleStream
+from orchestrator.data.shards import DataSet, Split
 from orchestrator.data.views import ColourAxes, TestView, TrainView
 
 
@@ -57,6 +60,21 @@ def views_of(config: TrainConfig, data: DataSet) -> tuple[TrainView, TestView, M
             mean = Mean(statistics["channel_mean"].astype(np.float32))
     axes = ColourAxes(statistics["eigenvalues"], statistics["eigenvectors"])
     return view, TestView(i.crop_px, i.test_shorter_side_px), mean, axes
+
+
+def sample_stream(config: TrainConfig, train_split: Split) -> SampleStream:
+    """The order in which the images of ``train_split`` are seen, and their random numbers."""
+    i = config.input
+    return SampleStream(len(train_split), config.seed, i.order, train_split.shard_counts, i.window_shards)
+
+
+def shard_cache(config: TrainConfig, data: DataSet) -> ShardCache | None:
+    """This node's copies of a remote data set; None for a local one, or where no cache is wanted. Raises ValueError."""
+    p = config.placement
+    if data.storage.is_local or p.cache_gb == 0:
+        return None
+    budget_bytes = None if p.cache_gb is None else int(p.cache_gb * 1e9)
+    return ShardCache(data.storage, data.digest, Path(p.cache_dir) if p.cache_dir else default_folder(), budget_bytes)
 
 
 def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | None:

@@ -15,13 +15,21 @@ import torch
 
 from orchestrator.config import TrainConfig
 from orchestrator.data.pipeline import EvalInput, TrainInput
-from orchestrator.data.sampling import SampleStream
 from orchestrator.data.shards import DataSet
 from orchestrator.storage import Storage
-from orchestrator.training.assembly import autocast_dtype, build_model, decode_settings, set_arithmetic, views_of
+from orchestrator.training.assembly import (
+    autocast_dtype,
+    build_model,
+    decode_settings,
+    sample_stream,
+    set_arithmetic,
+    shard_cache,
+    views_of,
+)
 from orchestrator.training.checkpoint import Checkpoints, Snapshot, checkpoint_event, weights_sha256
 from orchestrator.training.clock import Clock
 from orchestrator.training.meters import Totals
+from orchestrator.training.notices import Event, notice
 from orchestrator.training.optimization import (
     Decision,
     PolicyState,
@@ -34,8 +42,6 @@ from orchestrator.training.run import Outcome, check_identity, check_ownership, 
 from orchestrator.training.step import ClassificationStep
 from orchestrator.training.validation import validate
 from orchestrator.world import World
-
-Event = dict[str, Any]
 
 
 def train(
@@ -61,9 +67,10 @@ def train(
     )
     data = DataSet(Storage(config.data))
     check_identity(run, config, data)  # this machine may see other data under the same path
-    train_split, val_split = data.split("train"), data.split("val")
+    cache = shard_cache(config, data)
+    train_split, val_split = (data.split(name, cache.open if cache else None) for name in ("train", "val"))
     view, test_view, mean, axes = views_of(config, data)
-    stream = SampleStream(len(train_split), config.seed, config.input.order)
+    stream = sample_stream(config, train_split)
     decode = decode_settings(config, world.device, num_threads=max(1, cpus))
     steps = total_steps(config.schedule, len(train_split), batch_size)
 
@@ -87,7 +94,7 @@ def train(
         run,
         attempt=attempt,
         keep_last=rhythm.keep_last,
-        notice=lambda text: tell(_notice(text)),
+        notice=lambda text: tell(notice(text)),
         published=lambda record, is_best: tell(checkpoint_event(run, record, is_best=is_best)),
     )
     snapshot = _agreed_snapshot(checkpoints, world)
@@ -96,7 +103,7 @@ def train(
         step, journal = snapshot.step, snapshot.journal
         policy, totals = PolicyState(**snapshot.state["policy"]), Totals(*snapshot.state["totals"])
         take_step.load(snapshot.tensors, snapshot.state["lr"])
-        tell(_notice(f"going on from the checkpoint of step {step}"))
+        tell(notice(f"going on from the checkpoint of step {step}"))
     if world.is_first:
         checkpoints.collect_orphans()
 
@@ -113,8 +120,11 @@ def train(
 
     # -- the loop ---------------------------------------------------------------------------------------------------
     limit = config.input.max_undecodable
-    batches = TrainInput(train_split, stream, view, axes, mean, decode, take_step.positions, step, limit)
+    ahead = cache.follow(train_split, stream.upcoming_shards) if cache else lambda position: None
+    batches = TrainInput(train_split, stream, view, axes, mean, decode, take_step.positions, step, limit, ahead)
     val_batches = EvalInput(val_split, test_view, mean, decode, rhythm.validation_batch_size, limit)
+    if cache:
+        cache.want("val", val_split.info.shards)
     unreadable_told: set[int] = set()
     clock = Clock()
     tell({"kind": "start", "step": step, "steps": steps, "images": len(train_split), "workers": world.size})
@@ -123,7 +133,7 @@ def train(
         with clock.waiting():
             batch = next(batches)
         for bad, stand_in in batch.replaced:
-            emit(_notice(f"step {step}: image {bad} cannot be decoded, {stand_in} takes its place"))
+            emit(notice(f"step {step}: image {bad} cannot be decoded, {stand_in} takes its place"))
 
         take_step(batch, step, learning_rate(config.schedule, policy, step, steps))
         step += 1
@@ -148,9 +158,7 @@ def train(
                 validation = validate(model, val_batches, world, autocast)
             _check_finite(config, step, validation)
             for index in val_batches.undecodable - unreadable_told:
-                emit(
-                    _notice(f"validation image {val_split.names[index].as_py()} cannot be decoded: it counts as wrong")
-                )
+                emit(notice(f"validation image {val_split.names[index].as_py()} cannot be decoded: it counts as wrong"))
             unreadable_told = set(val_batches.undecodable)
             training_error = _new_training_error(journal)
             record("validation", metrics=_validation_metrics(validation, stall.seconds))
@@ -170,6 +178,8 @@ def train(
     # -- the end ----------------------------------------------------------------------------------------------------
     batches.close()
     val_batches.close()
+    if cache:
+        cache.close()
     if world.is_first:
         checkpoints.close()
         check_ownership(run, attempt)
@@ -232,10 +242,6 @@ def _new_training_error(journal: list[Event]) -> float | None:
         if event["kind"] == "train":
             return float(event["metrics"]["train_top1_error"])
     return None
-
-
-def _notice(text: str) -> Event:
-    return {"kind": "notice", "text": text}
 
 
 def _check_finite(config: TrainConfig, step: int, totals: Totals) -> None:

@@ -102,3 +102,69 @@ def test_bad_streams_are_refused() -> None:
         SampleStream(0, 0)
     with pytest.raises(ValueError, match="seed"):
         SampleStream(1, -1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    counts=st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(any),
+    window=st.integers(1, 14),
+    seed=st.integers(0, 2**63 - 1),
+)
+def test_a_windowed_epoch_holds_every_image_once_window_by_window(counts: list[int], window: int, seed: int) -> None:
+    size, shard_of = sum(counts), np.repeat(np.arange(len(counts)), counts)
+    stream = SampleStream(size, seed, Order.WINDOWED, np.array(counts), window)
+    for epoch in (0, 1, 5):
+        images = stream.images(epoch * size + np.arange(size))
+        assert sorted(images.tolist()) == list(range(size))
+        if all(counts):
+            # A window is read to its end before the next is begun: the shards come in groups of at most `window`.
+            place = seen = 0
+            while place < size:
+                these = stream.upcoming_shards(epoch * size + place)[: min(window, len(counts) - seen)]
+                in_window = int(np.isin(shard_of, these).sum())
+                assert set(shard_of[images[place : place + in_window]].tolist()) == set(these.tolist())
+                place, seen = place + in_window, seen + len(these)
+
+
+def test_a_windowed_stream_depends_on_the_position_alone() -> None:
+    counts = np.array([5, 9, 3, 8, 8, 2, 7])
+    stream = SampleStream(42, 1, Order.WINDOWED, counts, 3)
+    positions = np.arange(200)
+    whole = stream.images(positions)
+    backwards = np.random.default_rng(0).permutation(positions)
+    assert np.array_equal(SampleStream(42, 1, Order.WINDOWED, counts, 3).images(backwards), whole[backwards])
+    epochs = [whole[i * 42 : (i + 1) * 42].tolist() for i in range(4)]
+    assert len({tuple(e) for e in epochs}) == 4
+    assert not np.array_equal(SampleStream(42, 2, Order.WINDOWED, counts, 3).images(positions), whole)
+
+
+def test_the_shards_to_come_are_named_before_they_are_needed() -> None:
+    counts = np.full(10, 6)
+    stream, shard_of = SampleStream(60, 4, Order.WINDOWED, counts, 3), np.repeat(np.arange(10), 6)
+    for position in range(0, 180, 5):
+        soon = stream.upcoming_shards(position)
+        assert len(set(soon.tolist())) == len(soon)
+        assert len(soon) <= 6
+        assert shard_of[stream.images(np.array([position]))[0]] in soon[:3]
+        # What follows within a window's length is at hand.
+        needed = set(shard_of[stream.images(np.arange(position, position + 6))].tolist())
+        assert needed <= set(soon.tolist())
+    assert stream.upcoming_shards(59)[-3:].tolist() == stream.upcoming_shards(60)[:3].tolist()
+    assert SampleStream(60, 4, Order.FULL, counts).upcoming_shards(17).tolist() == list(range(10))
+
+
+def test_one_window_over_all_shards_mixes_as_well_as_the_full_order() -> None:
+    """Neighbours in the stream come from the same shard as often as chance has it."""
+    counts = np.full(20, 50)
+    shard_of = np.repeat(np.arange(20), 50)
+    for order in (Order.FULL, Order.WINDOWED):
+        shards = shard_of[SampleStream(1000, 0, order, counts, 20).images(np.arange(100_000))]
+        assert np.mean(shards[1:] == shards[:-1]) == pytest.approx(49 / 999, abs=0.004)
+
+
+def test_a_billion_images_take_no_memory_in_either_order() -> None:
+    counts = np.full(1_000_000, 1000)
+    for order in (Order.FULL, Order.WINDOWED):
+        images = SampleStream(10**9, 0, order, counts, 64).images(np.arange(10**9 - 128, 10**9 + 128))
+        assert len(np.unique(images[:128])) == 128
+        assert images.max() < 10**9

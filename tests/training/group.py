@@ -57,6 +57,17 @@ def small_config(data: Path, storage: Path, name: str, **fields: Any) -> TrainCo
     return replace(config, **fields)
 
 
+def options(config: TrainConfig) -> list[str]:
+    """The command line's words for what ``small_config`` sets."""
+    plain = config.to_json()
+    words = ["--data", config.data, "--storage", config.storage, "--name", config.name]
+    for part in ("model", "input", "batch", "schedule", "rhythm"):
+        for key, value in plain[part].items():
+            if value is not None and value != []:
+                words += [f"--{part}.{key.replace('_', '-')}", str(value)]
+    return words
+
+
 class Group:
     """The processes of one start of a run."""
 
