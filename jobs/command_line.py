@@ -4,35 +4,64 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import inspect
 import os
+import shlex
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 from rich.console import Console
 
-from orchestrator.config import TrainConfig
+from orchestrator.config import TrainConfig, differences
 from orchestrator.control import supervisor
+from orchestrator.control.description import data_note, network, run_description
 from orchestrator.control.terminal import Terminal
 from orchestrator.control.tracking import RunStatus, Tracker, default_uri
 from orchestrator.control.tracking import check as check_tracking
 from orchestrator.storage import Storage
 from orchestrator.training.checkpoint import Checkpoints, checkpoint_event, newest_journal
-from orchestrator.training.run import Outcome, SupersededError, data_digest, run_storage
-from orchestrator.training.trainer import Event
+from orchestrator.training.notices import Event
+from orchestrator.training.run import Outcome, SupersededError, data_digest, newest_attempt, run_storage
 
 Recipe = Callable[[], TrainConfig]
 EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
 
 
-def parse(argv: Sequence[str], recipes: Mapping[str, Recipe], *, default: str, program: str) -> TrainConfig:
-    """``[RECIPE] [--field value …]`` → config. Prints help or what is wrong and exits (0, 2) as argparse does."""
+@dataclass(frozen=True)
+class Command:
+    """What was typed: the config, the recipe as it is without options, and whether only to tell what would happen."""
+
+    config: TrainConfig
+    recipe: TrainConfig
+    dry_run: bool
+
+
+@dataclass(frozen=True)
+class _Options:
+    """The command line as tyro reads it."""
+
+    config: Annotated[TrainConfig, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
+    dry_run: bool = False
+    """train nothing: tell what a start would do, and check all that it needs"""
+
+
+def main(recipes: Mapping[str, Recipe], *, default: str) -> int:
+    """A job whose recipes these are: from the command line of this process to its exit code."""
+    program = f"python {Path(sys.argv[0])}"
+    return exit_code(lambda: run(parse(sys.argv[1:], recipes, default=default, program=program)))
+
+
+def parse(argv: Sequence[str], recipes: Mapping[str, Recipe], *, default: str, program: str) -> Command:
+    """``[RECIPE] [--dry-run] [--field value …]``. Prints help or what is wrong and exits (0, 2) as argparse does."""
     arguments = list(argv)
     name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else default
     if name not in recipes:
@@ -46,27 +75,31 @@ def parse(argv: Sequence[str], recipes: Mapping[str, Recipe], *, default: str, p
         data=os.environ.get("IMAGENET_DATA", ""),
         storage=os.environ.get("IMAGENET_STORAGE", ""),
     )
-    return tyro.cli(
-        TrainConfig,
+    typed = tyro.cli(
+        _Options,
         args=arguments,
-        default=base,
+        default=_Options(base),
         prog=f"{program} {name}",
         description=_description(recipes, default, program),
-        config=(tyro.conf.FlagConversionOff, tyro.conf.EnumChoicesFromValues),
+        config=(tyro.conf.EnumChoicesFromValues, tyro.conf.FlagCreatePairsOff),
     )
+    return Command(typed.config, base, typed.dry_run)
 
 
 def _description(recipes: Mapping[str, Recipe], default: str, program: str) -> str:
-    lines = [f"{program} [RECIPE] --data URL --storage URL --name NAME [any field below]", ""]
+    lines = [f"{program} [RECIPE] --data URL --storage URL --name NAME [--dry-run] [any field below]", ""]
     lines += ["The same command goes on with an interrupted run. Recipes:", ""]
     for name, recipe in recipes.items():
         lines += [f"{name}{' (default)' if name == default else ''}: {inspect.cleandoc(recipe.__doc__ or '')}", ""]
     return "\n".join(lines)
 
 
-def run(config: TrainConfig) -> int:
-    """Train, shown in the terminal and in MLflow. Returns the exit code."""
+def run(command: Command) -> int:
+    """Train, shown in the terminal and in MLflow, or tell what that would do. Returns the exit code."""
     console = Console(stderr=False, highlight=False)
+    if command.dry_run:
+        return _dry_run(command, console)
+    config = command.config
     under_torchrun = "RANK" in os.environ
     is_first = os.environ.get("RANK", "0") == "0"
     config = supervisor.resolve(config)
@@ -82,12 +115,12 @@ def run(config: TrainConfig) -> int:
     if warning:
         console.print(warning)
     assert run is not None  # else check has refused
-    tracker = _open_tracker(config, uri, run) if done is not None else None
+    tracker = _open_tracker(config, command.recipe, uri, run) if done is not None else None
 
     def listen(event: Event) -> None:
         nonlocal tracker
         if event["kind"] == "placed":  # what cannot be placed is refused before MLflow hears of it
-            tracker = _open_tracker(config, uri, run)
+            tracker = _open_tracker(config, command.recipe, uri, run)
         elif tracker is not None:
             tracker.put(event)
         # A terminal that is gone (| head) must not end the run: rich leaves with SystemExit.
@@ -111,6 +144,7 @@ def run(config: TrainConfig) -> int:
             if tracker is not None and outcome is not None:
                 tracker.replay(newest_journal(run))  # whatever was lost between a worker and here
             delivery = tracker.close(config.tracking.wait_s, status) if tracker else None
+            _keep_figure(run)
     _summary(console, config, outcome)
     if delivery is not None:
         console.print(f"MLflow        {delivery.where}", soft_wrap=True)
@@ -120,16 +154,28 @@ def run(config: TrainConfig) -> int:
     return 0
 
 
+def _dry_run(command: Command, console: Console) -> int:
+    """The page of a dry run. Under torchrun the first process speaks for all."""
+    if os.environ.get("RANK", "0") != "0":
+        return 0
+    from orchestrator.control import dry_run, page
+
+    uri = default_uri(command.config.tracking.uri or None, Path.cwd())
+    plan = dry_run.plan(command.config, dry_run.machines_of(command.config), uri)
+    page.show(console, plan, command.recipe)
+    return EXIT_USER_ERROR if plan.refusals else 0
+
+
 def _tell_notices(event: Event) -> None:
     """What a process other than the first says: it has no terminal line and no MLflow."""
     if event["kind"] == "notice":
         print(event["text"], file=sys.stderr)
 
 
-def exit_code(main: Callable[[], int]) -> int:
-    """Run ``main``; every error that a user can meet becomes one message and an exit code."""
+def exit_code(job: Callable[[], int]) -> int:
+    """Run ``job``; every error that a user can meet becomes one message and an exit code."""
     try:
-        return main()
+        return job()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
@@ -141,8 +187,10 @@ def exit_code(main: Callable[[], int]) -> int:
         return EXIT_INTERRUPTED
 
 
-def _open_tracker(config: TrainConfig, uri: str, run: Storage) -> Tracker:
+def _open_tracker(config: TrainConfig, recipe: TrainConfig, uri: str, run: Storage) -> Tracker:
     """MLflow's side of the run, told what the run remembers."""
+    data = data_note(config.data, data_digest(run))
+    changes = sorted(differences(recipe.identity(), config.identity()), key=lambda line: line.startswith("rhythm."))
     tracker = Tracker(
         uri=uri,
         experiment=config.tracking.experiment,
@@ -151,12 +199,24 @@ def _open_tracker(config: TrainConfig, uri: str, run: Storage) -> Tracker:
         params=config.identity(),
         tags={
             "recipe": config.recipe,
+            "changes": "; ".join(changes).replace('"', "") or "none",
+            "network": network(config.model),
+            "starts": str(newest_attempt(run)),
             "code_version": code_version(),
-            "data": config.data,
-            "data_sha256": data_digest(run),
             "host": socket.gethostname(),
         },
-        figure_dir=_figure_dir(run),
+        description=run_description(
+            model=config.model,
+            batch=config.batch,
+            schedule=config.schedule,
+            data=data,
+            crop_px=config.input.crop_px,
+            seed=config.seed,
+            run_url=run.url,
+            command=f"python {shlex.join(sys.argv)}",
+        ),
+        data=data,
+        figure_dir=_figure_path(run).parent,
     )
     tracker.replay(newest_journal(run))
     best = Checkpoints(run, attempt=0, keep_last=1, notice=lambda text: None).best()
@@ -165,9 +225,25 @@ def _open_tracker(config: TrainConfig, uri: str, run: Storage) -> Tracker:
     return tracker
 
 
-def _figure_dir(run: Storage) -> Path:
-    """Beside the checkpoints where the storage is a local disk, else in the current folder."""
-    return run.local_path("figures") or Path("figures") / run.url.rsplit("/", 1)[-1]
+_FIGURE = "figures/errors.png"
+
+
+def _figure_path(run: Storage) -> Path:
+    """Beside the checkpoints where the storage is a local disk; else in a folder that this process takes along."""
+    return run.local_path(_FIGURE) or Path(_temporary().name) / "errors.png"
+
+
+def _keep_figure(run: Storage) -> None:
+    """Bring the figure of a remote run to the run: it is drawn on this machine."""
+    path = _figure_path(run)
+    if not run.is_local and path.exists():
+        with contextlib.suppress(OSError, ValueError):  # MLflow has it too
+            run.publish(_FIGURE, path.read_bytes())
+
+
+@functools.cache
+def _temporary() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="figures-")
 
 
 def code_version() -> str:
@@ -189,7 +265,7 @@ def _summary(console: Console, config: TrainConfig, outcome: Outcome) -> None:
         "checkpoint": outcome.checkpoint,
         "best": outcome.best_checkpoint,
         "weights": f"SHA-256 {outcome.weights_sha256}",
-        "curves": str(_figure_dir(run_storage(config)) / "errors.png"),
+        "curves": f"{run_storage(config).url}/{_FIGURE}",
     }
     for name, text in rows.items():
         console.print(f"{name:<13} {text}", soft_wrap=True)

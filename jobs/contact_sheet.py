@@ -7,7 +7,7 @@ image, and the first validation images below it.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -21,10 +21,9 @@ from jobs import command_line
 from jobs.imagenet import RECIPES
 from orchestrator.data.decoder import DecodeSettings
 from orchestrator.data.pipeline import EvalInput, TrainInput
-from orchestrator.data.sampling import SampleStream
 from orchestrator.data.shards import DataSet
 from orchestrator.storage import Storage
-from orchestrator.training.assembly import views_of
+from orchestrator.training.assembly import sample_stream, views_of
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def main() -> int:
     view, test_view, mean, axes = views_of(config, data)
     split, count = data.split("train"), arguments.columns * arguments.rows
     settings = DecodeSettings(device="cuda" if torch.cuda.is_available() else "cpu", num_threads=2)
-    stream = SampleStream(len(split), arguments.seed, config.input.order)
+    stream = sample_stream(replace(config, seed=arguments.seed), split)
     first = arguments.step * config.batch.global_batch_size
     source = TrainInput(
         split,

@@ -108,9 +108,8 @@ RECIPES = {
 
 
 def main() -> int:
-    config = command_line.parse(sys.argv[1:], RECIPES, default="resnet50", program="python jobs/imagenet.py")
-    return command_line.run(config)
+    return command_line.main(RECIPES, default="resnet50")
 
 
 if __name__ == "__main__":
-    sys.exit(command_line.exit_code(main))
+    sys.exit(main())

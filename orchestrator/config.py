@@ -79,6 +79,8 @@ class ModelConfig:
     """the first pooling: caffe (no padding, ceil), as the paper, is the default; or padded"""
     zero_gamma: bool = False
     """start the last batch norm of every block at zero (Goyal et al. 2017)"""
+    factory: str = ""
+    """module:function of your own, called with num_classes and image_size; family and depth then mean nothing"""
 
 
 class MeanKind(Enum):

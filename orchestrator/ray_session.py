@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 import socket
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,8 +49,9 @@ def ray_session(address: str | None = None, num_cpus: int | None = None) -> Iter
     with tempfile.TemporaryDirectory(prefix="ray-token-") as folder:
         settings = {"RAY_USAGE_STATS_ENABLED": "0"}
         if not address:
-            # Started processes inherit it; the project need not be installed.
+            # Started processes inherit it: the project need not be installed, and what lies beside the script is found.
             path = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+            path.append(str(Path(sys.argv[0]).absolute().parent))
             settings["PYTHONPATH"] = os.pathsep.join(path)
             if not os.environ.keys() & {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}:
                 # Else ray.init makes one that the whole machine can read. A cluster that is joined has its own.

@@ -16,6 +16,7 @@ PACKAGES = ("orchestrator", "cluster", "data_prep", "jobs")
 FLOORS = (
     (
         "orchestrator.config",
+        "orchestrator.remote",
         "orchestrator.storage",
         "orchestrator.world",
         "orchestrator.models",
@@ -28,7 +29,13 @@ FLOORS = (
     ("cluster",),
     ("jobs",),
 )
-DATA_PREP_MAY = ("data_prep", "orchestrator.data", "orchestrator.storage", "orchestrator.ray_session")
+DATA_PREP_MAY = (
+    "data_prep",
+    "orchestrator.data",
+    "orchestrator.remote",
+    "orchestrator.storage",
+    "orchestrator.ray_session",
+)
 DOORS = {
     "fsspec": ("orchestrator.storage",),
     "torch.distributed": ("orchestrator.world",),

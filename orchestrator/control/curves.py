@@ -24,8 +24,9 @@ _TRAINING_WIDTH_PT = 0.9
 
 
 class EventKind(StrEnum):
-    """The kinds of journal events that are tracked and drawn."""
+    """The kinds of events that are tracked and drawn: a journal's, and the start of a group of workers."""
 
+    START = "start"
     TRAIN = "train"
     VALIDATION = "validation"
     DECISION = "decision"

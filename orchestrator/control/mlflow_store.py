@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import importlib
+import json
 import logging
 import os
 import re
@@ -21,16 +22,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+from orchestrator.control.comparison import NOTE_TAG, DataNote, experiment_tags, page, run_note, with_result
+
 _log = logging.getLogger(__name__)
 
 _MAX_PARAMS_PER_CALL = 100
 _MONITOR_RETRY_S = 60.0
 _CHECK_TIMEOUT_S = 4.0
-
-_NOTE = (
-    "A copy of the run's journal, which is kept with its checkpoints in `{key}`. Steps are iterations, errors percent."
-    " The error curves: Artifacts, `errors.png`."
-)
 
 
 # -- where to track ---------------------------------------------------------------------------------------------
@@ -150,10 +148,13 @@ class MlflowRun:
     run_key: str
     params: Mapping[str, str]
     tags: Mapping[str, str]
+    description: str = ""
+    data: DataNote | None = None
     run_id: str | None = None
     _client: Any = None
     _experiment_id: str = ""
     _num_creations: int = 0
+    _is_dressed: bool = False
     _monitor: Any = None
     _next_monitor_s: float = 0.0
 
@@ -170,9 +171,11 @@ class MlflowRun:
                     self.name,
                     self.run_id,
                 )
-            self.run_id = run.info.run_id
+            self.run_id, self._is_dressed = run.info.run_id, False
         if run.info.status != "RUNNING":
             self._client.update_run(self.run_id, status="RUNNING")
+        if not self._is_dressed:
+            self._dress(run)
         # A call that timed out may still be stored after this reading. What is then sent again has the same key, step,
         # time and value, which MLflow stores once.
         return {
@@ -190,6 +193,12 @@ class MlflowRun:
             metrics=[Metric(*metric) for metric in metrics],
             tags=[RunTag(key, value) for key, value in tags.items()],
         )
+
+    def tell_result(self, result: str) -> None:
+        """Bring the description's line of results up to date; a person may have changed the rest meanwhile."""
+        note = self._client.get_run(self.run_id).data.tags.get(NOTE_TAG, "")
+        if with_result(note, result) != note:
+            self._client.set_tag(self.run_id, NOTE_TAG, with_result(note, result))
 
     def upload(self, path: Path) -> None:
         """Store a file at the top, where MLflow's comparison of runs finds it."""
@@ -219,10 +228,12 @@ class MlflowRun:
     def where(self) -> str:
         """How to look at the run: the page's address, and the command that serves it if no server does."""
         is_server = self.uri.startswith(("http://", "https://"))
-        page = masked(self.uri).rstrip("/") if is_server else "http://127.0.0.1:5000"
-        if self.run_id is not None:  # without the last part, MLflow shows its pages for language models
-            page += f"/#/experiments/{self._experiment_id}/runs/{self.run_id}?workflowType=machine_learning"
-        return page if is_server else f"mlflow server --backend-store-uri {shlex.quote(masked(self.uri))}, then {page}"
+        address = masked(self.uri).rstrip("/") if is_server else "http://127.0.0.1:5000"
+        if self.run_id is not None:
+            address += f"/{page(self._experiment_id, f'runs/{self.run_id}')}"
+        if is_server:
+            return address
+        return f"mlflow server --backend-store-uri {shlex.quote(masked(self.uri))}, then {address}"
 
     def _found_run(self) -> Any:
         """The run of this run key, or None. Empty twins, left by a creation whose answer was lost, are deleted."""
@@ -239,11 +250,11 @@ class MlflowRun:
     def _created_run(self, start_time_ms: int | None) -> Any:
         from mlflow.tracking.context.registry import resolve_tags
 
-        note = {"run_key": self.run_key, "mlflow.note.content": _NOTE.format(key=masked(self.run_key))}
+        # ``tell_result`` fills in the line of results.
+        note = run_note(self.description, self._experiment_id, "**Result**")
+        tags = resolve_tags() | {"run_key": self.run_key, NOTE_TAG: note}
         self._num_creations += 1
-        return self._client.create_run(
-            self._experiment_id, run_name=self.name, start_time=start_time_ms, tags=resolve_tags() | note
-        )
+        return self._client.create_run(self._experiment_id, run_name=self.name, start_time=start_time_ms, tags=tags)
 
     def _describe(self, run: Any) -> None:
         """Log tags, and the parameters that the run lacks."""
@@ -261,6 +272,33 @@ class MlflowRun:
         self._client.log_batch(run.info.run_id, tags=[RunTag(key, value) for key, value in self.tags.items()])
         for start in range(0, len(params), _MAX_PARAMS_PER_CALL):
             self._client.log_batch(run.info.run_id, params=params[start : start + _MAX_PARAMS_PER_CALL])
+
+    def _dress(self, run: Any) -> None:
+        """What makes runs easy to compare; never raises, since numbers must not wait for a store that refuses this.
+
+        What a person has changed (or emptied) stays.
+        """
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        try:
+            experiment = self._client.get_experiment(self._experiment_id)
+            for key, value in experiment_tags(self._experiment_id, experiment.creation_time or 0).items():
+                if key not in experiment.tags:
+                    self._client.set_experiment_tag(self._experiment_id, key, value)
+            if self.data is not None and not (run.inputs and run.inputs.dataset_inputs):
+                url = masked(self.data.url)
+                dataset = Dataset(
+                    name=self.data.name,
+                    digest=self.data.digest,
+                    source_type=urlsplit(url).scheme or "local",
+                    source=json.dumps({"uri": url, "manifest_sha256": self.data.sha256}),
+                    profile=json.dumps(dict(self.data.counts)),
+                )
+                inputs = [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])]
+                self._client.log_inputs(run.info.run_id, inputs)
+            self._is_dressed = True
+        except Exception as error:
+            _log.info("tracking of %s: no description or data set in MLflow (%s)", self.name, one_line(error))
 
 
 def _open(uri: str, experiment: str) -> tuple[Any, str]:

@@ -17,10 +17,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from orchestrator.config import TrainConfig
+from orchestrator.control import checks
 from orchestrator.data.shards import DataSet
 from orchestrator.ray_session import Cluster, ray_session
+from orchestrator.remote import trust_stores
 from orchestrator.storage import Storage
-from orchestrator.training.assembly import build_model, views_of
+from orchestrator.training.notices import Event, notice, warnings_told
 from orchestrator.training.run import (
     Outcome,
     SupersededError,
@@ -30,7 +32,7 @@ from orchestrator.training.run import (
     next_attempt,
     run_storage,
 )
-from orchestrator.training.trainer import Event, train
+from orchestrator.training.trainer import train
 from orchestrator.world import World, share_of
 
 Listener = Callable[[Event], None]
@@ -52,45 +54,11 @@ class Placement:
 
 def check(config: TrainConfig) -> DataSet:
     """Everything that can be known before anything is taken or written. Raises ValueError, saying what to do."""
-    for field, value, variable in (
-        ("--data", config.data, "IMAGENET_DATA"),
-        ("--storage", config.storage, "IMAGENET_STORAGE"),
-    ):
-        if not value:
-            raise ValueError(f"{field} is missing: give {field} URL or set {variable}")
-    if not config.name:
-        raise ValueError("--name is missing: give the run a name")
-    import torch
-
-    storage, run = Storage(config.storage), run_storage(config)
-    try:
-        data = DataSet(Storage(config.data))
-        for split in ("train", "val"):
-            data.check_shards(split)
-            if not len(data.split(split)):
-                raise ValueError(f"the {split} split of {config.data!r} is empty: prepare the data set again")
-        views_of(config, data)
-    except OSError as error:
-        raise ValueError(
-            f"data set {config.data!r} cannot be read ({type(error).__name__}: {error}): check the URL, its "
-            "permissions and, for an object store, endpoint and credentials"
-        ) from None
-    with torch.device("meta"):
-        model = build_model(config, data.num_classes)
-    if config.placement.num_workers:
-        batch = config.batch
-        share_of(0, config.placement.num_workers, batch.global_batch_size, batch.bn_group_size)
-    # Weights and momentum in fp32, for every checkpoint that is kept and the one being written, less what is there.
-    checkpoint_bytes = 8 * sum(p.numel() for p in model.parameters())
-    needed = checkpoint_bytes * max(1, config.rhythm.keep_last + 2 - len(run.folders("checkpoints")))
-    free = storage.free_bytes()
-    if free is not None and free < needed:
-        raise ValueError(
-            f"storage {config.storage!r} has {free / 1e9:.2f} GB free where the checkpoints of this run need "
-            f"{needed / 1e9:.2f} GB: make room, give another --storage, or lower --rhythm.keep-last"
-        )
-    check_identity(run, config, data)
-    return data
+    start = checks.Start(config)
+    for each in checks.BEFORE_PLACEMENT:
+        each.look(start)
+    assert start.data is not None
+    return start.data
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
@@ -103,9 +71,10 @@ def outcome_of(config: TrainConfig) -> Outcome | None:
     """The outcome of a run that is done, without a look at data or cluster. Raises ValueError for a changed config."""
     if not config.storage or not config.name:
         return None
-    done = finished(run_storage(config))
-    if done is not None:
-        check_identity(run_storage(config), config, None)
+    with checks.reading_storage(config.storage):
+        done = finished(run_storage(config))
+        if done is not None:
+            check_identity(run_storage(config), config, None)
     return done
 
 
@@ -176,7 +145,8 @@ def run_in_process_group(config: TrainConfig, listen: Listener) -> Outcome:
             listen({"kind": "placed", "workers": world.size, "gpu": use_gpu, "attempt": attempt})
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         cpus = config.placement.cpus_per_worker or max(1, len(os.sched_getaffinity(0)) // local_size)
-        return train(config, world, attempt=attempt, cpus=cpus, emit=listen)
+        with warnings_told(listen, world.rank):
+            return train(config, world, attempt=attempt, cpus=cpus, emit=listen)
     finally:
         world.leave()
 
@@ -300,20 +270,20 @@ def _work(settings: dict[str, Any]) -> None:
     config = TrainConfig.from_json(settings["config"])
     device = get_device() if config.placement.use_gpu is not False else "cpu"
     world = World.from_process_group(device)
+    trust_stores()  # the driver has reached them
+
+    def emit(event: Event) -> None:
+        mailbox.put.remote([event])
+
     try:
-        train(
-            config,
-            world,
-            attempt=settings["attempt"],
-            cpus=settings["cpus"],
-            emit=lambda event: mailbox.put.remote([event]),
-        )
+        with warnings_told(emit, world.rank):
+            train(config, world, attempt=settings["attempt"], cpus=settings["cpus"], emit=emit)
     except (ValueError, SupersededError) as error:
         ray.get(mailbox.refuse.remote(isinstance(error, ValueError), str(error)))
         raise
     except Exception as error:
         text = f"worker {world.rank} failed ({type(error).__name__}: {_cause(error)}); all workers start again"
-        ray.get(mailbox.put.remote([{"kind": "notice", "text": text}]))
+        ray.get(mailbox.put.remote([notice(text)]))
         raise
 
 
@@ -329,9 +299,22 @@ def _ray_storage(folder: Storage) -> dict[str, Any]:
     """Ray's arguments for a folder of ours."""
     if folder.is_local:
         return {"storage_path": folder.root}
+    return {"storage_path": folder.root, "storage_filesystem": _arrow_file_system(folder.url)}
+
+
+def _arrow_file_system(url: str) -> Any:
+    """The file system of ``url`` for pyarrow. Ray keeps what it is given: an address, not the credentials."""
     from pyarrow.fs import FSSpecHandler, PyFileSystem
 
-    return {"storage_path": folder.root, "storage_filesystem": PyFileSystem(FSSpecHandler(folder.fs))}
+    class ByAddress(FSSpecHandler):
+        def __reduce__(self) -> tuple[Any, ...]:
+            return _arrow_handler, (url,)
+
+    return PyFileSystem(ByAddress(Storage(url).fs))
+
+
+def _arrow_handler(url: str) -> Any:
+    return _arrow_file_system(url).handler
 
 
 def _cause(error: Exception) -> str:

@@ -8,18 +8,17 @@ storage is the truth; what is shown in MLflow can be rebuilt from it with ``Trac
 from __future__ import annotations
 
 import logging
-import math
-import re
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from enum import Enum, StrEnum
 from pathlib import Path
 from typing import Any
 
+from orchestrator.control.comparison import DataNote
 from orchestrator.control.curves import Curve, EventKind, draw_curves
+from orchestrator.control.entries import RESERVED_KEYS, Account, Entry, RunStatus, flattened
 from orchestrator.control.mlflow_store import MlflowRun, check, default_uri, masked, one_line
 
 __all__ = ["Delivery", "RunStatus", "Tracker", "check", "default_uri"]
@@ -29,25 +28,11 @@ _log = logging.getLogger(__name__)
 # MLflow's charts are slow past about 30 keys a run: 21 of ours and the 9 of `few_system_metrics`.
 MAX_METRIC_KEYS = 30
 _MAX_OWN_KEYS = 21
-_DROPS_KEY = "learning_rate_drops"
-_BEST_KEY = "best_validation_top1_error"
 
 _MAX_METRICS_PER_CALL = 800  # MLflow takes 1000 metrics and tags together, in 1 MB
 _LINGER_S = 0.5  # events of a busy moment share a call
 _MAX_BACKOFF_S = 60.0
 _MIN_FIGURE_INTERVAL_S = 20.0
-_MAX_VALUE_LENGTH = 500
-_FORBIDDEN_IN_KEY = re.compile(r"[^\w.\- /:]")
-_KINDS = frozenset(kind.value for kind in EventKind)
-
-
-class RunStatus(StrEnum):
-    """How a training run ended, in MLflow's words."""
-
-    RUNNING = "RUNNING"  # another driver goes on with it
-    FINISHED = "FINISHED"
-    FAILED = "FAILED"
-    KILLED = "KILLED"
 
 
 @dataclass(frozen=True)
@@ -67,24 +52,14 @@ class Delivery:
     where: str
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    """What MLflow is to show of an event."""
-
-    kind: EventKind
-    step: int
-    time_ms: int
-    metrics: dict[str, float]
-    tags: dict[str, str]
-
-
 class Tracker:
     """One MLflow run that follows one training run across all its restarts.
 
     The MLflow run is the one in ``experiment`` whose tag ``run_key`` is ``run_key``; it is created when there is none.
     ``params`` (nested mappings become dotted keys; values are cut at 500 characters) are logged once: a value that
-    differs from the stored one is skipped with a warning. The constructor starts a daemon thread and returns; an
-    MLflow that is down, slow or refusing never raises here nor in any method.
+    differs from the stored one is skipped with a warning. ``description`` (Markdown) is written once, with a line of
+    results that is kept up to date; ``data`` is what the run trains on. The constructor starts a daemon thread and
+    returns; an MLflow that is down, slow or refusing never raises here nor in any method.
 
     Of a step that was trained twice (resumed from an earlier checkpoint) MLflow keeps the values that came first.
     Infinite values are shown as NaN, since MLflow would store them as ±1.8e308. The MLflow run begins and ends with
@@ -101,6 +76,8 @@ class Tracker:
         params: Mapping[str, object],
         tags: Mapping[str, str],
         figure_dir: Path,
+        description: str = "",
+        data: DataNote | None = None,
         queue_limit: int = 100_000,
         system_metrics: bool = True,
     ) -> None:
@@ -114,10 +91,10 @@ class Tracker:
 
         # Shared between threads, under `_lock`.
         self._lock = threading.Lock()
-        self._queue: deque[_Entry] = deque()
-        self._batch: list[_Entry] = []  # taken from the queue and not yet known to be stored
+        self._queue: deque[Entry] = deque()
+        self._batch: list[Entry] = []  # taken from the queue and not yet known to be stored
         self._num_delivered = self._num_dropped = self._num_malformed = self._num_validations = 0
-        self._best_error = math.inf
+        self._account = Account()
         self._newest_ms: int | None = None
         self._curve = Curve()
         self._status: RunStatus | None = None  # set by close(); from then on no event is taken
@@ -134,12 +111,15 @@ class Tracker:
             experiment=experiment,
             name=name,
             run_key=run_key,
-            params=dict(_flattened(params)),
-            tags=dict(_flattened(tags)),
+            params=dict(flattened(params)),
+            tags=dict(flattened(tags)),
+            description=masked(description),
+            data=data,
         )
         self._held: dict[str, set[int]] = {}  # steps that MLflow holds, by metric key
         self._refused_keys: set[str] = set()
         self._num_uploaded_figures = 0
+        self._told_result = ""
 
         self._thread = threading.Thread(target=self._work, name=f"tracking-{name}", daemon=True)
         self._thread.start()
@@ -201,13 +181,14 @@ class Tracker:
     def _accept(self, event: dict[str, Any], limit: int | None) -> None:
         try:
             with self._lock:
-                if self._status is not None or event["kind"] not in _KINDS:
+                entry = None if self._status is not None else self._account.entry(event)
+                if entry is None:
                     return
-                entry = self._entry(event)
                 self._queue.append(entry)
                 if limit is not None and len(self._queue) > limit:
                     self._drop_oldest()
-                self._newest_ms = max(entry.time_ms, self._newest_ms or 0)
+                if entry.time_ms is not None:
+                    self._newest_ms = max(entry.time_ms, self._newest_ms or 0)
                 self._num_validations += entry.kind is EventKind.VALIDATION
                 self._curve.add(event)
         except Exception as error:  # whatever a caller passes must not hurt training
@@ -219,30 +200,6 @@ class Tracker:
                     self._num_malformed,
                     one_line(error),
                 )
-
-    def _entry(self, event: Mapping[str, Any]) -> _Entry:
-        """What to show of ``event``, such that MLflow cannot find it invalid."""
-        kind, step, time_ms = EventKind(event["kind"]), event["step"], event["time_ms"]
-        if not (isinstance(step, int) and 0 <= step < 2**63 and isinstance(time_ms, int) and 0 <= time_ms < 2**63):
-            raise ValueError(f"step {step!r}, time_ms {time_ms!r}")
-        metrics: dict[str, float] = {}
-        tags: dict[str, str] = {}
-        match kind:
-            case EventKind.TRAIN | EventKind.VALIDATION:
-                for key, value in event["metrics"].items():
-                    if isinstance(value, int | float):
-                        metrics[_key(key)] = float(value) if math.isfinite(value) else math.nan
-                if kind is EventKind.VALIDATION and metrics.get("validation_top1_error", math.nan) < self._best_error:
-                    self._best_error = metrics[_BEST_KEY] = metrics["validation_top1_error"]
-            case EventKind.DECISION:
-                decision = event["decision"]
-                tags["last_decision"] = _value(_sentence(step, decision))
-                if decision["action"] == "drop":
-                    metrics[_DROPS_KEY] = float(decision["after"]["drops"])
-            case EventKind.CHECKPOINT:
-                if event["best"]:
-                    tags["best_checkpoint"] = _value(event["url"])
-        return _Entry(kind, step, time_ms, metrics, tags)
 
     def _drop_oldest(self) -> None:
         del self._queue[next((i for i, entry in enumerate(self._queue) if entry.kind is EventKind.TRAIN), 0)]
@@ -268,7 +225,8 @@ class Tracker:
             is_last = self._closing.is_set()
             try:
                 if not is_connected:
-                    self._held = {_DROPS_KEY: set(), _BEST_KEY: set()} | self._run.connect(self._oldest_ms())
+                    self._held = {key: set() for key in RESERVED_KEYS} | self._run.connect(self._oldest_ms())
+                    self._told_result = ""
                     is_connected = True
                 while not self._abandoned.is_set() and self._deliver_batch():
                     self._draw_if_due()
@@ -277,9 +235,11 @@ class Tracker:
                     _log.info("tracking of %s: MLflow takes events again", self._name)
                 num_failures = 0
                 self._upload_figure()
+                status = self._status if is_last else RunStatus.RUNNING
+                assert status is not None
+                self._tell_result(status)
                 if is_last:
-                    assert self._status is not None
-                    self._run.finish(self._status.value, self._newest_ms)
+                    self._run.finish(status.value, self._newest_ms)
                     return
                 if self._wants_system_metrics:
                     self._run.watch_system()
@@ -303,7 +263,8 @@ class Tracker:
 
     def _oldest_ms(self) -> int | None:
         with self._lock:
-            return next((entry.time_ms for entry in (*self._batch, *self._queue)), None)
+            times = (entry.time_ms for entry in (*self._batch, *self._queue))
+            return next((time_ms for time_ms in times if time_ms is not None), None)
 
     def _deliver_batch(self) -> bool:
         """Send the next events, in order; False when there are none. Raises whatever MLflow raises."""
@@ -318,6 +279,7 @@ class Tracker:
         tags: dict[str, str] = {}
         for entry in self._batch:
             for key, value in entry.metrics.items():
+                assert entry.time_ms is not None
                 if self._is_admitted(key) and entry.step not in self._held[key]:
                     self._held[key].add(entry.step)  # looked up again if the call fails
                     metrics.append((key, value, entry.time_ms, entry.step))
@@ -338,6 +300,13 @@ class Tracker:
                 text = "tracking of %s: more than %d metrics: %s is only in the journal"
                 _log.warning(text, self._name, _MAX_OWN_KEYS, ", ".join(sorted(self._refused_keys)))
         return key in self._held
+
+    def _tell_result(self, status: RunStatus) -> None:
+        with self._lock:
+            result = self._account.result(status)
+        if result != self._told_result:
+            self._run.tell_result(result)
+            self._told_result = result
 
     # -- the figure ---------------------------------------------------------------------------------------------
 
@@ -375,35 +344,6 @@ class Tracker:
         if self._figure_error is None:
             _log.warning("tracking of %s: no figure (%s)", self._name, one_line(error))
         self._figure_error = f"figure: {one_line(error)}"
-
-
-def _sentence(step: int, decision: Mapping[str, Any]) -> str:
-    """A policy's decision as a person reads it; the journal has all its inputs."""
-    before, after = decision["learning_rate_before"], decision["learning_rate"]
-    rates = f", learning rate {before:g} → {after:g}" if after != before else ""
-    return f"{decision['action']} at step {step}{rates}, error {decision['error_percent']:.2f} %"
-
-
-def _flattened(params: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted keys and values; what is not set (None, an empty list) is left out."""
-    for name, value in params.items():
-        if isinstance(value, Mapping):
-            yield from _flattened(value, f"{prefix}{name}.")
-        elif value not in (None, [], ()):
-            yield _key(f"{prefix}{name}"), _value(value)
-
-
-def _key(text: str) -> str:
-    """``text`` as MLflow accepts it for a key."""
-    return _FORBIDDEN_IN_KEY.sub("_", text)[:250]
-
-
-def _value(value: object) -> str:
-    """``value`` as MLflow accepts it, without credentials."""
-    text = masked(str(value.value if isinstance(value, Enum) else value))
-    if isinstance(value, float):
-        text = text.removesuffix(".0")  # 30 and 30.0 are no difference
-    return text if len(text) <= _MAX_VALUE_LENGTH else f"{text[: _MAX_VALUE_LENGTH - 1]}…"
 
 
 def _is_power_of_two(count: int) -> bool:

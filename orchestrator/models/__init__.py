@@ -1,4 +1,4 @@
-"""What is trained. Every model has forward_features(images), classify(features) and forward(images) → logits."""
+"""What is trained. Ours have forward_features(images), classify(features) and forward(images) → logits."""
 
 from collections.abc import Set as AbstractSet
 from typing import Any
@@ -7,6 +7,7 @@ from orchestrator.config import Family, Pool, Shortcut, StrideOn
 from orchestrator.models.batch_norm import BatchNorm2d, RunningStatistics, share_groups
 from orchestrator.models.cifar import CifarResNet
 from orchestrator.models.complexity import count_flops, count_layers, count_parameters
+from orchestrator.models.own import build_own
 from orchestrator.models.resnet import ResNet
 from orchestrator.models.vgg import VGG
 
@@ -21,6 +22,7 @@ __all__ = [
     "Shortcut",
     "StrideOn",
     "build",
+    "build_own",
     "count_flops",
     "count_layers",
     "count_parameters",

@@ -23,6 +23,11 @@ from orchestrator.data.views import ColourAxes, TestView, TrainView
 def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
     """The config's model for ``num_classes`` classes, initialized from the current random state. Raises ValueError."""
     m = config.model
+    if m.factory:
+        options = {"shortcut": m.shortcut, "stride_on": m.stride_on, "pool": m.pool, "zero_gamma": m.zero_gamma or None}
+        if given := [name for name, value in options.items() if value is not None]:
+            raise ValueError(f"model.factory has no option {', '.join(given)}: leave it out")
+        return models.build_own(m.factory, num_classes=num_classes, image_size=config.input.crop_px)
     return models.build(
         m.family,
         m.depth,

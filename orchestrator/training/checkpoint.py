@@ -23,6 +23,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
+from orchestrator.remote import StoreRefusedError
 from orchestrator.storage import DigestError, Storage, sha256_hex
 from orchestrator.training.run import check_ownership
 
@@ -123,6 +124,8 @@ class Checkpoints:
         for name in self._run.files("checkpoints"):
             try:
                 found.append(CommitRecord.from_bytes(self._run.read(name)))
+            except StoreRefusedError:  # nothing is wrong with the record
+                raise
             except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError) as error:
                 self._notice(f"checkpoint record {name} cannot be read ({error!r}): passed over")
         return sorted(found, key=lambda r: r.step)
@@ -137,6 +140,8 @@ class Checkpoints:
         for record in reversed(self.records()):
             try:
                 return self.load(record)
+            except StoreRefusedError:  # nothing is wrong with the checkpoint
+                raise
             except (DigestError, FileNotFoundError, ValueError, safetensors.SafetensorError) as error:
                 self._notice(f"checkpoint of step {record.step} is not usable ({error}): going back to the one before")
         return None

@@ -44,9 +44,11 @@ def fix_identity(run: Storage, config: TrainConfig, data: DataSet) -> None:
 def check_identity(run: Storage, config: TrainConfig, data: DataSet | None) -> None:
     """Refuse a changed config, or other data (None: not looked at), under the name of an old run. Raises ValueError."""
     try:
-        old = json.loads(run.read("config.json"))["identity"]
+        content = run.read("config.json")
     except FileNotFoundError:
         return
+    try:
+        old = json.loads(content)["identity"]
     except (ValueError, KeyError):
         raise ValueError(f"{run.url}/config.json is damaged: restore it, or choose another --name") from None
     new = _identity(config, data.digest if data is not None else old.get("data_sha256"))

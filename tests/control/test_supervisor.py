@@ -170,7 +170,9 @@ def test_killed_workers_and_a_killed_driver_change_nothing(prepared: Path, tmp_p
         assert steps == (40,)
         tags = dict(store.execute("select key, value from tags").fetchall())
         assert tags["recipe"] == "resnet50"
-        assert tags["data_sha256"]
+        assert tags["network"] == "ResNet-18"
+        assert tags["mlflow.note.content"].startswith("**Result:** best validation top-1 error ")
+        assert store.execute("select count(*) from inputs").fetchone() == (1,)
         assert tags["best_checkpoint"].startswith(str(run))
     assert (run / "figures" / "errors.png").stat().st_size > 10_000
 

@@ -25,6 +25,7 @@ RAY = str(Path(sys.executable).parent / "ray")
 
 @dataclass(frozen=True)
 class Head:
+    address: str
     dashboard: str
     environment: dict[str, str]
 
@@ -45,12 +46,12 @@ def head() -> Iterator[Head]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-    dashboard = free_port()
-    command = [RAY, "start", "--head", f"--port={free_port()}", "--dashboard-host=127.0.0.1", "--num-cpus=2"]
+    port, dashboard = free_port(), free_port()
+    command = [RAY, "start", "--head", f"--port={port}", "--dashboard-host=127.0.0.1", "--num-cpus=2"]
     command += [f"--dashboard-port={dashboard}", f"--temp-dir={folder}/s", "--object-store-memory=100000000"]
     try:
         subprocess.run(command, check=True, env=environment, capture_output=True, timeout=120)
-        yield Head(f"http://127.0.0.1:{dashboard}", environment)
+        yield Head(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", environment)
     finally:
         for process in psutil.process_iter(["cmdline"]):
             if any(folder in part for part in process.info["cmdline"] or []):
@@ -74,6 +75,15 @@ def test_a_submitted_job_trains(head: Head, prepared: Path, tmp_path: Path) -> N
     ]
     job = [sys.executable, "jobs/imagenet.py", "resnet18", "--name", "submitted", "--schedule.max-steps", "2", *fields]
     job += ["--tracking.uri", f"sqlite:///{tmp_path}/mlflow.db"]
+    environment = head.environment | variables | {"RAY_ADDRESS": head.address}
+    rehearsal = subprocess.run(
+        [*job, "--dry-run"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert rehearsal.returncode == 0, rehearsal.stdout + rehearsal.stderr
+    page = " ".join(rehearsal.stdout.split())
+    assert f"the Ray cluster at {head.address}: 1 node with 2 CPUs and 0 GPUs 2 CPU workers with 1 CPU each" in page
+    assert not list(tmp_path.iterdir())
+
     submit = [RAY, "job", "submit", "--address", head.dashboard, "--working-dir", ".", "--runtime-env-json", runtime]
     done = subprocess.run(
         [*submit, "--", *job], cwd=ROOT, env=head.environment, capture_output=True, text=True, timeout=300

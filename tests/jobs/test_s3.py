@@ -101,4 +101,5 @@ def test_preparing_training_and_resuming_in_a_bucket(
     assert SECRET.encode() not in (tmp_path / "mlflow.db").read_bytes()
     assert not any(SECRET.encode() in run.read(name) for name in run.find())
     assert home.sub("runs").find().keys() == {f"remote/{name}" for name in run.find()}  # Ray's folder is gone
+    assert run.read("figures/errors.png").startswith(b"\x89PNG")
     assert any((tmp_path / "cache").glob("*/train__*.tar"))

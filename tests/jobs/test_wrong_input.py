@@ -10,30 +10,8 @@ import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
 from jobs import command_line, contact_sheet, imagenet
-
-Run = Callable[..., tuple[int, str]]
-
-
-@pytest.fixture
-def typed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    """Type ``python jobs/imagenet.py …``; the exit code and what was printed."""
-    for name in ("IMAGENET_DATA", "IMAGENET_STORAGE", "MLFLOW_TRACKING_URI", "RAY_ADDRESS", "RANK"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str, main: Callable[[], int] = imagenet.main) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["jobs/imagenet.py", *arguments])
-        try:
-            code = command_line.exit_code(main)
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        printed = capsys.readouterr()
-        return code, printed.out + printed.err
-
-    return run
+from tests.jobs.conftest import Run
 
 
 def refused(typed: Run, tmp_path: Path, *arguments: str, saying: str) -> None:
@@ -62,6 +40,9 @@ def test_missing_and_unreadable_places(typed: Run, tmp_path: Path, prepared: Pat
     refused(typed, tmp_path, "--data", str(tmp_path / "nothing"), *storage, saying="no prepared data set at")
     refused(typed, tmp_path, "--data", "gopher://host/data", *storage, saying="cannot be opened")
     refused(typed, tmp_path, "--data", "memory://data", *storage, saying="invisible to other processes")
+    (tmp_path / "file").touch()
+    under_a_file = ("--data", str(prepared), "--storage", str(tmp_path / "file" / "runs"))
+    refused(typed, tmp_path, *under_a_file, saying="cannot be read (NotADirectoryError")
     refused(typed, tmp_path, "--data", str(prepared), *storage, "--tracking.uri", "sqlit:///x", saying="unknown scheme")
 
 
@@ -107,7 +88,7 @@ def test_a_changed_config_under_an_old_name(typed: Run, tmp_path: Path, prepared
     from orchestrator.storage import Storage
     from orchestrator.training.run import fix_identity
 
-    config = command_line.parse(list(arguments), imagenet.RECIPES, default="resnet50", program="")
+    config = command_line.parse(list(arguments), imagenet.RECIPES, default="resnet50", program="").config
     fix_identity(Storage(str(run)), config, DataSet(Storage(str(prepared))))
     refused(typed, tmp_path, *arguments, "--schedule.lr", "0.3", saying="schedule.lr: 0.02 → 0.3")
     (run / "config.json").write_text(json.dumps({"identity": {}})[:-3])
@@ -160,6 +141,7 @@ def test_the_contact_sheet(typed: Run, tmp_path: Path, prepared: Path) -> None:
 def test_help_names_every_recipe_and_every_field(typed: Run) -> None:
     code, text = typed("--help")
     assert code == 0
+    assert "--dry-run" in text
     for name, recipe in imagenet.RECIPES.items():
         assert f"{name}:" in text or f"{name} (default):" in text
         assert recipe.__doc__

@@ -62,4 +62,7 @@ def test_what_is_left_out_counts_nowhere_and_what_is_unreadable_counts_as_wrong(
 
 
 def test_few_classes_have_no_top5_error() -> None:
-    assert total(torch.randn(50, 4), torch.randint(4, (50,)), [50]).wrong_top5 == 0
+    for classes in (2, 4, 5):
+        totals = total(torch.randn(50, classes), torch.randint(classes, (50,)), [50])
+        assert (totals.wrong_top5, totals.top5_error) == (0, 0.0)
+        assert 0 < totals.wrong_top1 < 50

@@ -1,0 +1,258 @@
+"""What a start would do, found out without one: no training, no GPU, no Ray cluster, nothing that stays in storage.
+
+``plan`` gives facts; page.py shows them. The checks are those of a start (checks.py) and those that a start makes on
+its way: the newest checkpoint, a write to storage (a probe that is deleted again), one image of each split decoded,
+the placement of the workers, the tracking store.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import closing, suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from orchestrator import models
+from orchestrator.config import TrainConfig
+from orchestrator.control import checks, supervisor, tracking
+from orchestrator.control.checks import Check, Space, Start, Verdict
+from orchestrator.control.facts import (
+    DataFacts,
+    Machines,
+    ModelFacts,
+    PlacementFacts,
+    Plan,
+    RunFacts,
+    RunState,
+    SplitFacts,
+    batch_facts,
+    placement_facts,
+    schedule_facts,
+)
+from orchestrator.control.mlflow_store import masked
+from orchestrator.data.pipeline import EvalInput, TrainInput
+from orchestrator.ray_session import Cluster, Node, ray_session
+from orchestrator.storage import Storage
+from orchestrator.training.assembly import decode_settings, sample_stream
+from orchestrator.training.checkpoint import Checkpoints
+from orchestrator.training.run import Outcome, newest_attempt
+
+
+def plan(config: TrainConfig, machines: Machines, tracking_uri: str) -> Plan:
+    """Find out what a start of ``config`` on ``machines`` would do. Never raises for what a start would refuse.
+
+    Reads data and storage, writes and deletes one small file in storage, and asks a tracking server whether it lives.
+    """
+    return _Rehearsal(config, machines, tracking_uri).plan()
+
+
+# -- where it would run ---------------------------------------------------------------------------------------------
+
+
+def machines_of(config: TrainConfig, environment: Mapping[str, str] = os.environ) -> Machines:
+    """The machines that a start with this environment would get: torchrun's, a running Ray cluster's, or this one."""
+    here = this_machine()
+    if "RANK" in environment:
+        size, local = (int(environment.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+        return Machines("torchrun's process group", Cluster((here,)), world_size=size, local_world_size=local)
+    address = config.placement.ray_address or environment.get("RAY_ADDRESS", "")
+    if address in ("", "local"):
+        return Machines("this machine, where a local Ray cluster would be started", Cluster((here,)))
+    words = f"the Ray cluster at {address}"
+    try:
+        with ray_session(address) as cluster:
+            return Machines(words, cluster)
+    except Exception as error:  # ValueError, and whatever Ray raises where versions or tokens do not match
+        reason = str(error) if isinstance(error, ValueError) else f"{words}: {type(error).__name__}: {error}"
+        return Machines(words, None, trouble=reason)
+
+
+def this_machine() -> Node:
+    """CPUs, as Ray counts them (a container's quota included), and GPUs of this machine. Touches no GPU."""
+    # device_count asks the driver's library NVML and makes no CUDA context.
+    return Node(_num_cpus(), torch.cuda.device_count())
+
+
+def _num_cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    limits = [float(os.cpu_count() or 1)]
+    with suppress(OSError, ValueError):  # cgroup v2
+        quota, period = (cgroup / "cpu.max").read_text().split()
+        limits.append(float(quota) / float(period))
+    with suppress(OSError, ValueError):  # cgroup v1
+        quota_us = float((cgroup / "cpu" / "cpu.cfs_quota_us").read_text())
+        if quota_us > 0:
+            limits.append(quota_us / float((cgroup / "cpu" / "cpu.cfs_period_us").read_text()))
+    with suppress(OSError, ValueError):
+        ranges = (part.partition("-") for part in (cgroup / "cpuset" / "cpuset.cpus").read_text().split(","))
+        limits.append(sum(int(last or first) - int(first) + 1 for first, _, last in ranges))
+    return max(1, int(min(limits)))
+
+
+# -- the rehearsal --------------------------------------------------------------------------------------------------
+
+
+class _Rehearsal:
+    """Makes the checks, and keeps what they find for the facts."""
+
+    def __init__(self, config: TrainConfig, machines: Machines, tracking_uri: str) -> None:
+        self._config, self._machines, self._tracking_uri = config, machines, tracking_uri
+        self._start = Start(config)
+        self._done: Outcome | None = None
+        self._step: int | None = None
+        self._placement: PlacementFacts | None = None
+
+    def plan(self) -> Plan:
+        start, config = self._start, self._config
+        findings = checks.look_at_all(checks.BEFORE_PLACEMENT, start)
+        if start.outcome is not None:  # what is not needed any more may be gone
+            findings = checks.look_at_all([Check("identity", self._look_at_outcome)], start)
+        else:
+            on_the_way = (
+                Check("checkpoints", self._look_at_checkpoints, needs=("storage", "identity")),
+                Check("writing", self._look_at_writing, needs=("storage",)),
+                Check("decoding", self._look_at_decoding, needs=("shards", "views")),
+                Check("workers", self._look_at_workers, needs=("groups",)),
+            )
+            findings = checks.look_at_all(on_the_way, start, before=findings)
+        findings = checks.look_at_all([Check("tracking", self._look_at_tracking)], start, before=findings)
+        data = _data_facts(start)
+        train_images = next((s.images for s in data.splits if s.name == "train"), 0) if data else 0
+        space: Space | None = None
+        if start.model is not None and start.run is not None:
+            with suppress(Exception):  # the check of the space says why
+                space = checks.space_of(start)
+        return Plan(
+            config=config,
+            machines=self._machines,
+            batch=batch_facts(config.batch.global_batch_size, config.batch.bn_group_size),
+            run=self._run_facts(),
+            model=self._model_facts(),
+            data=data,
+            schedule=schedule_facts(config, train_images) if train_images else None,
+            space=space,
+            placement=self._placement,
+            findings=findings,
+        )
+
+    # -- checks that a start makes on its way ---------------------------------------------------------------------
+
+    def _look_at_outcome(self, start: Start) -> tuple[Verdict, str]:
+        self._done = supervisor.outcome_of(self._config)
+        return Verdict.OK, "finished with this config: a start needs nothing else"
+
+    def _look_at_checkpoints(self, start: Start) -> tuple[Verdict, str]:
+        assert start.run is not None
+        notices: list[str] = []
+        snapshot = Checkpoints(start.run, attempt=0, keep_last=1, notice=notices.append).newest()
+        self._step = snapshot.step if snapshot is not None else 0
+        words = "none yet" if snapshot is None else f"the newest usable one, of step {snapshot.step}, was read whole"
+        return (Verdict.WARNING if notices else Verdict.OK), "; ".join([words, *notices])
+
+    def _look_at_writing(self, start: Start) -> tuple[Verdict, str]:
+        assert start.run is not None
+        where = start.run
+        if where.is_local:  # folders that a start would make are not made here
+            folder = Path(where.root)
+            while not folder.exists():
+                folder = folder.parent
+            where = Storage(str(folder))
+        where.check_writable()
+        return Verdict.OK, f"a probe was written to {where.url}, read and deleted"
+
+    def _look_at_decoding(self, start: Start) -> tuple[Verdict, str]:
+        assert start.views is not None
+        view, test_view, mean, axes = start.views
+        train_split, val_split = start.splits["train"], start.splits["val"]
+        limit = self._config.input.max_undecodable
+        settings = decode_settings(self._config, torch.device("cpu"), num_threads=1)
+        stream = sample_stream(self._config, train_split)
+        first = TrainInput(train_split, stream, view, axes, mean, settings, lambda step: np.array([step]), 0, limit)
+        with closing(first):
+            image = next(first)
+        val_input = EvalInput(val_split, test_view, mean, settings, 1, limit)
+        with closing(val_input):
+            val_image = next(val_input.batches(0, 1))
+        train_name, val_name = train_split.names[int(image.indices[0])].as_py(), val_split.names[0].as_py()
+        bad = [name for name, _ in image.replaced] + ([val_name] if val_image.num_unreadable else [])
+        if bad:
+            text = f"cannot be decoded: {', '.join(bad)}; the run goes on, prepare the data set again if there are more"
+            return Verdict.WARNING, text
+        return Verdict.OK, f"{train_name} (train) and {val_name} (val) decoded on the CPU"
+
+    def _look_at_workers(self, start: Start) -> tuple[Verdict, str]:
+        self._placement = placement_facts(self._config, self._machines)
+        return Verdict.OK, f"{self._placement.placement.num_workers} can be placed"
+
+    def _look_at_tracking(self, start: Start) -> tuple[Verdict, str]:
+        warning = tracking.check(self._tracking_uri)
+        if warning:
+            return Verdict.WARNING, warning
+        return Verdict.OK, f"MLflow at {masked(self._tracking_uri)}"
+
+    # -- facts ----------------------------------------------------------------------------------------------------
+
+    def _run_facts(self) -> RunFacts | None:
+        run, done = self._start.run, self._done
+        if run is None:
+            return None
+        attempt, who = 0, ""
+        with suppress(Exception):  # the check of the identity says why
+            attempt = newest_attempt(run)
+            if attempt:
+                who = _who(run.read(f"attempts/{attempt:06d}.json"))
+        if done is not None:
+            return RunFacts(run.url, RunState.FINISHED, done.steps, attempt, who, done)
+        if self._step is None:
+            return RunFacts(run.url, RunState.UNKNOWN, attempt=attempt, attempt_by=who)
+        state = RunState.GOES_ON if self._step else RunState.NEW
+        return RunFacts(run.url, state, self._step, attempt, who)
+
+    def _model_facts(self) -> ModelFacts | None:
+        model, data = self._start.model, self._start.data
+        if model is None or data is None or not self._start.flops:
+            return None
+        return ModelFacts(
+            layers=models.count_layers(model),
+            parameters=models.count_parameters(model),
+            flops=self._start.flops,
+            crop_px=self._config.input.crop_px,
+            num_classes=data.num_classes,
+        )
+
+
+def _data_facts(start: Start) -> DataFacts | None:
+    data = start.data
+    if data is None:
+        return None
+    manifest = data.manifest
+    undecodable = Counter(o.split for o in manifest.odd if o.what == "undecodable")
+    odd = Counter((o.split, o.what, o.done) for o in manifest.odd)
+    return DataFacts(
+        url=data.storage.url,
+        is_local=data.storage.is_local,
+        name=manifest.name,
+        sha256=data.digest,
+        num_classes=data.num_classes,
+        splits=tuple(
+            SplitFacts(name, s.count, sum(shard.nbytes for shard in s.shards), len(s.shards), undecodable[name])
+            for name, s in sorted(manifest.splits.items(), key=lambda item: (item[0] != "train", item[0] != "val"))
+        ),
+        odd=tuple((*key, number) for key, number in sorted(odd.items())),
+        statistics_crop_px=manifest.statistics_crop,
+        order=start.config.input.order,
+    )
+
+
+def _who(record: bytes) -> str:
+    """Who made a start, as the attempt's record says: host, process and time; "" where it does not."""
+    who = json.loads(record)
+    if not {"host", "pid", "time_s"} <= who.keys():
+        return ""
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(who["time_s"]))
+    return f"process {who['pid']} on {who['host']}, {when}"

@@ -1,0 +1,226 @@
+"""What a dry run finds out, as plain data, and the part of it that follows from config and numbers alone."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+
+from orchestrator.config import Order, PlateauError, PolicyKind, ScheduleConfig, TrainConfig, WarmupKind
+from orchestrator.control import supervisor
+from orchestrator.control.checks import Finding, Space, Verdict
+from orchestrator.control.supervisor import Placement
+from orchestrator.ray_session import Cluster
+from orchestrator.training.optimization import total_steps
+from orchestrator.training.run import Outcome
+from orchestrator.world import Share, share_of
+
+
+class RunState(Enum):
+    """Where a run stands before a start."""
+
+    NEW = "new"
+    GOES_ON = "goes on"
+    FINISHED = "finished"
+    UNKNOWN = "unknown"  # refused, or its storage cannot be read
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """The run in storage. ``step``: of the newest verified checkpoint; ``attempt``: number of the newest start."""
+
+    url: str
+    state: RunState
+    step: int = 0
+    attempt: int = 0
+    attempt_by: str = ""
+    outcome: Outcome | None = None
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """The network as the data needs it. ``flops``: multiply-adds for one image of crop_px × crop_px pixels."""
+
+    layers: int
+    parameters: int
+    flops: int
+    crop_px: int
+    num_classes: int
+
+
+@dataclass(frozen=True)
+class SplitFacts:
+    """One split: images, bytes and number of its shards, images that preparation found undecodable."""
+
+    name: str
+    images: int
+    nbytes: int
+    shards: int
+    undecodable: int
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """The data set. ``odd``: how many images of which split are what, and what was done; ``sha256`` is its digest."""
+
+    url: str
+    is_local: bool
+    name: str
+    sha256: str
+    num_classes: int
+    splits: tuple[SplitFacts, ...]
+    odd: tuple[tuple[str, str, str, int], ...]  # split, what, done, number of images
+    statistics_crop_px: int
+    order: Order
+
+
+@dataclass(frozen=True)
+class ScheduleFacts:
+    """Length of the run, at most: a plateau may end it sooner."""
+
+    steps: int
+    epochs: float
+    steps_per_epoch: float
+    images_seen: int
+    validations: int
+    checkpoints: int
+    policy: str
+
+
+@dataclass(frozen=True)
+class BatchFacts:
+    """The batch-norm groups, and every number of workers that can share them."""
+
+    global_batch_size: int
+    num_groups: int
+    bn_group_size: int
+    worker_counts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PlacementFacts:
+    """Workers on the machines described, and what each does of a batch (shares[rank])."""
+
+    placement: Placement
+    shares: tuple[Share, ...]
+
+
+@dataclass(frozen=True)
+class Machines:
+    """Where the workers would be. ``cluster`` None: it cannot be looked at, see ``trouble``.
+
+    world_size: workers that torchrun has started, which no cluster limits; 0 under Ray.
+    """
+
+    words: str
+    cluster: Cluster | None
+    trouble: str = ""
+    world_size: int = 0
+    local_world_size: int = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a start of ``config`` would do. None: what could not be found out, see the findings."""
+
+    config: TrainConfig
+    machines: Machines
+    batch: BatchFacts
+    run: RunFacts | None
+    model: ModelFacts | None
+    data: DataFacts | None
+    schedule: ScheduleFacts | None
+    space: Space | None
+    placement: PlacementFacts | None
+    findings: tuple[Finding, ...]
+
+    @property
+    def refusals(self) -> tuple[Finding, ...]:
+        """Why a start would be refused; () where it would go on."""
+        return tuple(f for f in self.findings if f.verdict is Verdict.REFUSED)
+
+
+# -- from config and numbers ---------------------------------------------------------------------------------------
+
+
+def batch_facts(global_batch_size: int, bn_group_size: int) -> BatchFacts:
+    """The groups of a batch and all numbers of workers, up to one an image, that can share them."""
+    counts = []
+    for size in range(1, global_batch_size + 1):
+        with suppress(ValueError):
+            share_of(0, size, global_batch_size, bn_group_size)
+            counts.append(size)
+    return BatchFacts(global_batch_size, global_batch_size // bn_group_size, bn_group_size, tuple(counts))
+
+
+def placement_facts(config: TrainConfig, machines: Machines) -> PlacementFacts:
+    """Workers of ``config`` on ``machines``. Raises ValueError where a start would be refused."""
+    if machines.cluster is None:
+        raise ValueError(machines.trouble)
+    size, cpus = machines.world_size, config.placement.cpus_per_worker
+    if size:
+        cpus = cpus or max(1, len(os.sched_getaffinity(0)) // machines.local_world_size)
+        placement = Placement(size, cpus, machines.cluster.gpus > 0)
+    else:
+        placement = supervisor.place(config, machines.cluster)
+    b, size = config.batch, placement.num_workers
+    shares = tuple(share_of(rank, size, b.global_batch_size, b.bn_group_size) for rank in range(size))
+    return PlacementFacts(placement, shares)
+
+
+def schedule_facts(config: TrainConfig, num_images: int) -> ScheduleFacts:
+    """Length and rhythm of a run on ``num_images`` training images."""
+    rhythm, batch_size = config.rhythm, config.batch.global_batch_size
+    steps = total_steps(config.schedule, num_images, batch_size)
+    validations = checkpoints = 0
+    images_between = num_images * rhythm.validate_every_epochs
+    for first in range(0, steps, _STEPS_AT_A_TIME):
+        # The trainer's own rule, on many steps at once.
+        ends = np.arange(first, min(first + _STEPS_AT_A_TIME, steps) + 1)
+        due = np.diff(ends * batch_size // images_between) > 0
+        due[-1] |= ends[-1] == steps
+        validations += int(due.sum())
+        checkpoints += int((due | (ends[1:] % rhythm.checkpoint_every_steps == 0)).sum())
+    return ScheduleFacts(
+        steps=steps,
+        epochs=steps * batch_size / num_images,
+        steps_per_epoch=num_images / batch_size,
+        images_seen=steps * batch_size,
+        validations=validations,
+        checkpoints=checkpoints,
+        policy=policy_in_words(config.schedule, steps),
+    )
+
+
+_STEPS_AT_A_TIME = 1 << 20
+
+
+def policy_in_words(schedule: ScheduleConfig, steps: int) -> str:
+    """The learning rate over the ``steps`` of a run, in one line."""
+    s = schedule
+    match s.warmup:
+        case WarmupKind.NONE:
+            start = ""
+        case WarmupKind.LINEAR:
+            start = f"rises from {s.warmup_lr:g} in {s.warmup_steps:,} steps; then "
+        case WarmupKind.UNTIL_ERROR:
+            start = f"{s.warmup_lr:g} until the training error is below {s.warmup_error_percent:g} %; then "
+    match s.policy:
+        case PolicyKind.CONSTANT:
+            return f"{start}{s.lr:g} throughout"
+        case PolicyKind.COSINE:
+            return f"{start}{s.lr:g}, falling to 0 as half a cosine until step {steps:,}"
+        case PolicyKind.STEPS:
+            at = ", ".join(f"{step:,}" for step in s.drop_steps)
+            return f"{start}{s.lr:g}, times {s.lr_factor:g} at steps {at}"
+        case PolicyKind.PLATEAU:
+            watched = "validation" if s.plateau_error is PlateauError.VALIDATION else "training"
+            drops = f"times {s.lr_factor:g} (at most {s.plateau_max_drops} times)" if s.plateau_max_drops else "no drop"
+            rule = f"{drops} where {s.plateau_window} validations do not better the {watched} error"
+            rule += f" by {s.plateau_threshold_percent:g} points"
+            apart = f", {s.plateau_min_steps:,} steps apart" if s.plateau_min_steps else ""
+            stop = "; the next plateau ends the run" if s.plateau_stop else ""
+            return f"{start}{s.lr:g}, {rule}{apart}{stop}"

@@ -1,0 +1,294 @@
+"""What a start would do, against what starts do."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from orchestrator.config import (
+    BatchConfig,
+    Family,
+    ModelConfig,
+    PlacementConfig,
+    PlateauError,
+    PolicyKind,
+    RhythmConfig,
+    ScheduleConfig,
+    TrainConfig,
+    WarmupKind,
+)
+from orchestrator.control import dry_run, facts, page
+from orchestrator.control.checks import Verdict
+from orchestrator.control.facts import Machines, Plan, RunState, batch_facts, placement_facts, schedule_facts
+from orchestrator.ray_session import Cluster, Node
+from orchestrator.storage import Storage
+from orchestrator.training.run import next_attempt
+from orchestrator.training.trainer import _validation_due, train
+from orchestrator.world import World
+from tests.data.build import build, jpeg, noise_image
+from tests.object_store import Bucket
+from tests.training.group import Group, open_run, small_config
+
+HERE = Machines("a described machine", Cluster((Node(cpus=2, gpus=0),)))
+NO_TRACKING = "http://127.0.0.1:9"  # nobody answers: a warning
+
+
+def rehearse(config: TrainConfig, machines: Machines = HERE) -> Plan:
+    """The plan; asserts that it leaves the disk as it was."""
+    folder = Path(config.storage)
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+    folders = sorted(folder.rglob("*"))
+    plan = dry_run.plan(config, machines, NO_TRACKING)
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()} == before
+    assert sorted(folder.rglob("*")) == folders
+    return plan
+
+
+def verdicts(plan: Plan) -> dict[str, str]:
+    return {f.name: f.verdict.value for f in plan.findings}
+
+
+def text_of(plan: Plan, name: str) -> str:
+    return next(f.text for f in plan.findings if f.name == name)
+
+
+def page_of(plan: Plan, width: int = 60) -> str:
+    """The page, its lines joined; asserts that it is plain text and fits ``width``, but for words that are longer."""
+    stream = io.StringIO()
+    page.show(Console(file=stream, width=width, highlight=False), plan, TrainConfig())
+    text = stream.getvalue()
+    assert "\x1b" not in text
+    assert all(len(line) <= width or " " not in line[12:].strip() for line in text.splitlines()), text
+    return " ".join(text.split())
+
+
+def test_a_run_before_between_and_after_its_starts(prepared: Path, tmp_path: Path) -> None:
+    config = small_config(prepared, tmp_path / "runs", "r")
+    # A small network takes its steps in no time.
+    model, schedule = ModelConfig(family=Family.CIFAR_RESNET, depth=8), replace(config.schedule, max_steps=30)
+    rhythm = replace(config.rhythm, validate_every_epochs=2.5, keep_last=100)
+    config = replace(config, model=model, schedule=schedule, rhythm=rhythm)
+    new = rehearse(config)
+    assert not new.refusals, new.findings
+    assert new.run is not None
+    assert (new.run.state, new.run.step, new.run.attempt) == (RunState.NEW, 0, 0)
+    assert not (tmp_path / "runs").exists()
+
+    group = Group(config, 1)
+    group.kill_when(lambda event: event["kind"] == "checkpoint" and event["step"] >= 6)
+    records = open_run(group.run_path).records()
+    between = rehearse(config)
+    assert between.run is not None
+    assert (between.run.state, between.run.step, between.run.attempt) == (RunState.GOES_ON, records[-1].step, 1)
+    assert not between.refusals, between.findings
+    assert between.space is not None
+    assert abs(between.space.checkpoint_bytes / records[-1].files["tensors.safetensors"].nbytes - 1) < 0.05
+
+    text = page_of(between)
+    assert f"goes on: a start would train from step {records[-1].step} of 30, the newest checkpoint" in text
+    assert "this would be start number 2; number 1, should it still run, would stop" in text
+
+    # The newest is damaged: a start goes back to the one before, and says so.
+    damaged = group.run_path / records[-1].folder / "tensors.safetensors"
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:-1])
+    back = rehearse(config)
+    assert back.run is not None
+    assert back.run.step == records[-2].step
+    assert verdicts(back)["checkpoints"] == "warning"
+    damaged.write_bytes(whole)
+
+    changed = rehearse(replace(config, seed=7))
+    assert [f.name for f in changed.refusals] == ["identity"]
+    assert "seed: 0 → 7" in text_of(changed, "identity")
+    assert changed.run is not None
+    assert changed.run.state is RunState.UNKNOWN
+
+    train(config, World(), attempt=next_attempt(Storage(str(group.run_path)), {}), cpus=1)
+    done = rehearse(replace(config, data="/nowhere"))  # as a start: what is not needed any more may be gone
+    assert not done.refusals, done.findings
+    assert done.run is not None
+    assert done.run.outcome is not None
+    assert (done.run.state, done.run.step) == (RunState.FINISHED, 30)
+    assert "finished: 30 steps done" in page_of(done)
+    assert [f.name for f in rehearse(replace(config, seed=7)).refusals] == ["identity"]
+
+    # What was foretold is what happened.
+    assert new.schedule is not None
+    snapshot = open_run(group.run_path).newest()
+    assert snapshot is not None
+    assert new.schedule.validations == sum(e["kind"] == "validation" for e in snapshot.journal)
+    assert new.schedule.checkpoints == len(open_run(group.run_path).records())
+
+
+def test_validations_and_checkpoints_are_counted_by_the_trainers_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(facts, "_STEPS_AT_A_TIME", 7)
+    for images, size, steps, validate, save in (
+        (96, 24, 50, 0.5, 3),
+        (100, 24, 61, 1.0, 4),
+        (10, 24, 30, 1.0, 1000),
+        (1000, 8, 300, 0.3, 7),
+        (7, 8, 15, 2.5, 5),
+        (1000, 8, 14, 9.0, 7),
+    ):
+        config = TrainConfig(
+            schedule=ScheduleConfig(max_steps=steps),
+            batch=BatchConfig(size, 8),
+            rhythm=RhythmConfig(validate_every_epochs=validate, checkpoint_every_steps=save),
+        )
+        due = [step == steps or _validation_due(step, size, images, validate) for step in range(1, steps + 1)]
+        saved = [is_due or step % save == 0 for step, is_due in enumerate(due, 1)]
+        found = schedule_facts(config, images)
+        assert (found.validations, found.checkpoints) == (sum(due), sum(saved)), (images, size, steps)
+    half = replace(TrainConfig(), schedule=ScheduleConfig(max_epochs=0.5))
+    found = schedule_facts(half, 1_281_167)
+    assert (found.steps, found.images_seen, round(found.steps_per_epoch, 1)) == (2503, 640_768, 5004.6)
+
+
+def test_policies_in_words() -> None:
+    def words(**fields: object) -> str:
+        return facts.policy_in_words(replace(ScheduleConfig(), **fields), 1000)  # type: ignore[arg-type]
+
+    assert words(policy=PolicyKind.CONSTANT) == "0.1 throughout"
+    assert words(policy=PolicyKind.STEPS, drop_steps=(300, 6000)) == "0.1, times 0.1 at steps 300, 6,000"
+    assert "half a cosine until step 1,000" in words(policy=PolicyKind.COSINE)
+    assert words(warmup=WarmupKind.LINEAR, warmup_steps=50).startswith("rises from 0.01 in 50 steps; then 0.1, ")
+    assert words(warmup=WarmupKind.UNTIL_ERROR).startswith("0.01 until the training error is below 80 %; then 0.1")
+    plateau = words(plateau_error=PlateauError.TRAINING, plateau_min_steps=5, plateau_stop=True)
+    assert "do not better the training error by 0.1 points, 5 steps apart; the next plateau ends" in plateau
+
+
+def test_the_workers_of_a_described_cluster() -> None:
+    eight = Machines("eight GPUs", Cluster((Node(cpus=64, gpus=4), Node(cpus=48, gpus=4))))
+    found = placement_facts(TrainConfig(), eight)
+    assert (found.placement.num_workers, found.placement.cpus_per_worker, found.placement.use_gpu) == (8, 12, True)
+    assert [s.first_group for s in found.shares] == list(range(8))
+    three = placement_facts(TrainConfig(placement=PlacementConfig(num_workers=3)), eight)
+    assert [s.num_groups for s in three.shares] == [3, 3, 2]
+    for machines, saying in (
+        (HERE, "more CPUs than"),
+        (Machines("lost", None, trouble="no answer"), "no answer"),
+        (replace(HERE, world_size=9), "9 workers cannot share"),
+    ):
+        with pytest.raises(ValueError, match=saying):
+            placement_facts(TrainConfig(placement=PlacementConfig(num_workers=8)), machines)
+    assert len(placement_facts(TrainConfig(), replace(HERE, world_size=4)).shares) == 4
+    assert batch_facts(256, 32).worker_counts == (1, 2, 3, 4, 5, 6, 7, 8, 16, 32, 64, 128, 256)
+    assert batch_facts(24, 8).worker_counts == (1, 2, 3, 6, 12, 24)
+
+
+def test_where_a_run_would_be() -> None:
+    config = TrainConfig()
+    assert dry_run.machines_of(config, {}).cluster == Cluster((dry_run.this_machine(),))
+    assert "this machine" in dry_run.machines_of(config, {"RAY_ADDRESS": "local"}).words  # which would start one
+    under_torchrun = dry_run.machines_of(config, {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"})
+    assert (under_torchrun.world_size, under_torchrun.local_world_size) == (4, 2)
+    lost = dry_run.machines_of(replace(config, placement=PlacementConfig(ray_address="127.0.0.1:9")), {})
+    assert lost.cluster is None
+    assert "no Ray cluster answers at 127.0.0.1:9" in lost.trouble
+
+
+def test_cpus_are_counted_as_ray_counts_them(tmp_path: Path) -> None:
+    code = "from ray._private.utils import get_num_cpus; print(get_num_cpus(override_docker_cpu_warning=True))"
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    ray = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert dry_run.this_machine().cpus == int(ray.stdout)
+    (tmp_path / "cpu.max").write_text("150000 100000\n")
+    assert dry_run._num_cpus(tmp_path) == 1
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert dry_run._num_cpus(tmp_path) == os.cpu_count()
+    (tmp_path / "cpuset").mkdir()
+    (tmp_path / "cpuset" / "cpuset.cpus").write_text("3\n")
+    assert dry_run._num_cpus(tmp_path) == 1
+
+
+def two_classes(folder: Path, broken: dict[int, bytes] | None = None) -> Path:
+    rng = np.random.default_rng(0)
+    build(folder, [(f"{i}.jpg", jpeg(noise_image(rng, 48, 40)), i % 2) for i in range(24)], broken=broken)
+    return folder
+
+
+def test_two_classes_are_enough(tmp_path: Path) -> None:
+    config = small_config(two_classes(tmp_path / "data"), tmp_path / "runs", "two")
+    config = replace(config, schedule=ScheduleConfig(max_steps=2, lr=0.003))
+    plan = rehearse(config)
+    assert not plan.refusals, plan.findings
+    assert plan.model is not None
+    assert plan.model.num_classes == 2
+    run = Path(config.storage) / config.name
+    run.mkdir(parents=True)
+    outcome = train(config, World(), attempt=next_attempt(Storage(str(run)), {}), cpus=1)
+    assert outcome.steps == 2
+    assert outcome.validation_top5_error == 0
+    assert 0 <= outcome.validation_top1_error <= 100
+
+
+def test_an_image_that_cannot_be_decoded_is_a_warning(tmp_path: Path) -> None:
+    data = two_classes(tmp_path / "data", broken={0: b"no image at all"})
+    plan = rehearse(small_config(data, tmp_path / "runs", "r"))
+    assert not plan.refusals, plan.findings
+    assert verdicts(plan)["decoding"] == "warning"
+    assert "0.jpg" in text_of(plan, "decoding")
+    strict = small_config(data, tmp_path / "runs", "r")
+    strict = replace(strict, input=replace(strict.input, max_undecodable=0))
+    assert [f.name for f in rehearse(strict).refusals] == ["decoding"]
+
+
+def test_a_network_that_cannot_take_the_crop_is_refused(prepared: Path, tmp_path: Path) -> None:
+    config = small_config(prepared, tmp_path / "runs", "r")
+    config = replace(config, input=replace(config.input, crop_px=2))
+    plan = rehearse(config)
+    assert [f.name for f in plan.refusals] == ["network"]
+    assert "raise input.crop_px" in text_of(plan, "network")
+
+
+def test_an_object_store_is_left_as_it_was(prepared: Path) -> None:
+    for path in prepared.rglob("*"):
+        if path.is_file():
+            Bucket.objects[f"name/data/{path.relative_to(prepared).as_posix()}"] = path.read_bytes()
+    before = dict(Bucket.objects)
+    config = replace(small_config(prepared, prepared, "r"), data="bucket://name/data", storage="bucket://name/runs")
+    plan = dry_run.plan(config, HERE, NO_TRACKING)
+    assert not plan.refusals, plan.findings
+    assert plan.data is not None
+    assert (plan.data.is_local, plan.data.num_classes) == (False, 6)
+    assert plan.space is not None
+    assert plan.space.free_bytes is None
+    assert Bucket.objects == before
+    Bucket.objects.clear()
+
+
+def test_a_page_holds_everything_at_any_width(prepared: Path, tmp_path: Path) -> None:
+    plan = rehearse(small_config(prepared, tmp_path / "runs", "r"))
+    many = placement_facts(TrainConfig(), Machines("a large one", Cluster((Node(128, 64), Node(8, 0)))))
+    large = Machines("a large one", Cluster((Node(128, 64), Node(8, 0))))
+    plan = replace(plan, placement=many, machines=large)
+    assert page_of(plan, 30) == page_of(plan, 200)
+    text = page_of(plan)
+    assert "a large one: 128 CPUs and 64 GPUs; 8 CPUs and 0 GPUs" in text
+    assert "64 GPU workers with 2 CPUs each" in text
+    assert "worker 0: images 0-3 of group 0; … worker 63: images 28-31 of group 7" in text
+    assert plan.data is not None
+    assert plan.data.sha256 in text
+    stream = io.StringIO()
+    page.show(Console(file=stream, width=80, force_terminal=True, highlight=False), plan, TrainConfig())
+    assert "\x1b[" in stream.getvalue()  # a terminal has colours
+
+
+def test_facts_are_plain_data(prepared: Path, tmp_path: Path) -> None:
+    plan = rehearse(small_config(prepared, tmp_path / "runs", "r"))
+    assert json.dumps(dataclasses.asdict(plan), default=str)
+    assert {f.verdict for f in plan.findings} == {Verdict.OK, Verdict.WARNING}
+    assert plan.data is not None
+    assert [(s.name, s.images) for s in plan.data.splits] == [("train", 96), ("val", 30), ("test", 10)]
+    assert plan.data.odd
