@@ -13,17 +13,23 @@ and does the others again: the same bytes under the same names.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from data_prep.archives import Member, walk
-from data_prep.images import MAX_IMAGE_BYTES, prepare_image
+from data_prep.images import prepare_image
+from data_prep.progress import MAX_LISTED, printable
+from data_prep.sources import ImageSource
 from data_prep.statistics import PixelSums, centre_view, statistics_bytes
 from orchestrator.data.shards import (
     INDEX_SCHEMA,
+    RESIZED,
+    UNDECODABLE,
     ClassInfo,
     Manifest,
     OddImage,
@@ -31,7 +37,6 @@ from orchestrator.data.shards import (
     ShardWriter,
     Source,
     SplitInfo,
-    key_of,
     write_index,
 )
 from orchestrator.storage import Storage, sha256_hex
@@ -42,39 +47,33 @@ STATISTICS = "statistics.safetensors"
 MANIFEST = "manifest.json"
 SHARD_BYTES = 256 << 20
 
+
 # Part of every key: to be changed with anything that changes the bytes of a shard, an index row or a sum.
-_CODE_VERSION = 1
+_CODE_VERSION = 2
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A run of images from one archive; they go into shards of their own.
-
-    Either all files of the tar in bytes ``start`` to ``stop`` of the archive, all with the label ``labels[0]``, or the
-    ``members`` of it, each with its own label.
-    """
+    """A run of images; they go into shards of their own."""
 
     split: str
     stem: str  # of the names of its shards: <split>/<stem>-000.tar
-    archive: str
-    archive_nbytes: int
-    start: int
-    stop: int
-    labels: tuple[int, ...]
-    members: tuple[Member, ...] = ()
+    source: ImageSource
     crop: int = 0  # pixels: side of the views of the statistics; 0: no statistics
     keep_undecodable: bool = False  # with a placeholder, in its place, instead of leaving it out
     shard_bytes: int = SHARD_BYTES
+    max_side: int | None = None  # pixels: larger images are made smaller
+    remarks: bool = False  # tell of what is kept as it is but might surprise
 
-    @property
+    @cached_property
     def key(self) -> str:
-        what = {"code": _CODE_VERSION, **asdict(self)}
+        what = {"code": _CODE_VERSION, "from": type(self.source).__name__, **asdict(self)}
         return sha256_hex(json.dumps(what, sort_keys=True).encode())[:32]
 
     @property
     def nbytes(self) -> int:
         """Size of what is read, in bytes."""
-        return sum(m.nbytes for m in self.members) if self.members else self.stop - self.start
+        return self.source.nbytes
 
 
 @dataclass(frozen=True)
@@ -85,6 +84,7 @@ class Part:
     rows: Mapping[str, list[Any]]  # columns of INDEX_SCHEMA, ``shard`` counted within the unit
     odd: tuple[OddImage, ...]
     num_files: int
+    num_resized: int = 0
     sums_sha256: str = ""
 
     @property
@@ -95,51 +95,54 @@ class Part:
 # -- one unit -----------------------------------------------------------------------------------------------------
 
 
-def write_part(unit: Unit, archives: Storage, out: Storage) -> Part:
-    """Write shards, sums and at last the record of ``unit``.
+def write_part(unit: Unit, storage: Storage, out: Storage) -> Part:
+    """Write shards, sums and at last the record of ``unit``, whose images lie in ``storage``.
 
-    Holds one image at a time. Raises ValueError where the archive is damaged, OSError where storage fails.
+    Holds a few images at a time. Raises ValueError where the source is damaged, OSError where storage fails.
     """
     rows: dict[str, list[Any]] = {name: [] for name in INDEX_SCHEMA.names}
     odd: list[OddImage] = []
     shards: list[ShardInfo] = []
-    seen: set[str] = set()
+    num_files = num_resized = 0
     sums = PixelSums(unit.crop) if unit.crop else None
-    images = _source_images(unit, archives)
+    images = unit.source.images(storage)
     exhausted = False
     while not exhausted:
         with _Shards(out, f"{unit.split}/{unit.stem}-{len(shards):03d}.tar") as shard:
             while shard.nbytes < unit.shard_bytes:
-                name, data, label = next(images, (None, b"", 0))
-                if name is None:
+                image = next(images, None)
+                if image is None:
                     exhausted = True
                     break
-                key = _checked_key(name, unit, seen)
-                prepared = prepare_image(data, with_pixels=sums is not None)
+                num_files += 1
+                prepared = prepare_image(
+                    image.data, with_pixels=sums is not None, max_side=unit.max_side, remarks=unit.remarks
+                )
+                num_resized += prepared.resized
                 if prepared.what:
                     done = prepared.done
                     if not prepared.decodable:
                         done = f"{'counted as wrong' if unit.keep_undecodable else 'left out'} ({done})"
-                    odd.append(OddImage(unit.split, name, prepared.what, done))
+                    odd.append(OddImage(unit.split, image.name, prepared.what, done))
                 if not prepared.decodable and not unit.keep_undecodable:
                     continue
                 if sums and prepared.pixels:
                     sums.add(centre_view(prepared.pixels, sums.crop))
-                rows["offset"].append(shard.add(key, prepared.data, label))
+                rows["offset"].append(shard.add(image.key, prepared.data, image.label))
                 rows["shard"].append(len(shards))
                 rows["nbytes"].append(len(prepared.data))
                 rows["width"].append(prepared.width)
                 rows["height"].append(prepared.height)
-                rows["label"].append(label)
+                rows["label"].append(image.label)
                 rows["decodable"].append(int(prepared.decodable))
-                rows["name"].append(name)
+                rows["name"].append(image.name)
         shards.extend(shard.infos)
     sums_sha256 = ""
     if sums:
         data = sums.to_bytes()
         sums_sha256 = sha256_hex(data)
         out.publish(f"{PARTS}/{unit.key}.safetensors", data)
-    part = Part(tuple(shards), rows, tuple(odd), len(seen), sums_sha256)
+    part = Part(tuple(shards), rows, tuple(odd), num_files, num_resized, sums_sha256)
     out.publish(f"{PARTS}/{unit.key}.json", (json.dumps(asdict(part)) + "\n").encode())
     return part
 
@@ -153,6 +156,7 @@ def read_part(unit: Unit, out: Storage) -> Part | None:
             rows=raw["rows"],
             odd=tuple(OddImage(**odd) for odd in raw["odd"]),
             num_files=raw["num_files"],
+            num_resized=raw["num_resized"],
             sums_sha256=raw["sums_sha256"],
         )
         if any(out.size_bytes(shard.name) != shard.nbytes for shard in part.shards):
@@ -191,32 +195,6 @@ class _Shards:
                 self.infos.append(self._writer.info)
 
 
-def _source_images(unit: Unit, archives: Storage) -> Iterator[tuple[str, bytes, int]]:
-    """(file name, bytes, label), in the order of the unit."""
-    with archives.reading(unit.archive) as stream:
-        if unit.members:
-            found: Iterable[tuple[Member, int]] = zip(unit.members, unit.labels, strict=True)
-        else:
-            where = f"{unit.archive} ({unit.stem}.tar)"
-            found = ((member, unit.labels[0]) for member in walk(stream, where, unit.start, unit.stop))
-        for member, label in found:
-            if member.nbytes > MAX_IMAGE_BYTES:
-                raise ValueError(f"{unit.archive}: {member.name!r} of {member.nbytes} bytes is no image of this set")
-            stream.seek(member.offset)
-            data = stream.read(member.nbytes)
-            if len(data) != member.nbytes:
-                raise ValueError(f"{unit.archive} is truncated within {member.name!r}: download it again")
-            yield member.name, data, label
-
-
-def _checked_key(name: str, unit: Unit, seen: set[str]) -> str:
-    key = key_of(name)
-    if key in seen:
-        raise ValueError(f"{unit.archive}: two files of {unit.stem} have the name {name!r}")
-    seen.add(key)
-    return key
-
-
 # -- the whole ----------------------------------------------------------------------------------------------------
 
 
@@ -229,22 +207,33 @@ def assemble(
     sources: Sequence[Source],
     crop: int,
     max_undecodable: float,
+    options: Mapping[str, Any] | None = None,
+    passed_over: Sequence[OddImage] = (),
+    max_listed: int | None = None,
 ) -> Manifest:
     """Index, statistics and at last the manifest, from the parts of ``units`` (in order, all done).
 
-    Raises ValueError, publishing nothing, where more than the fraction ``max_undecodable`` of a split cannot be
-    decoded, or where a part cannot be seen from here.
+    ``max_listed``: of each kind of odd files of a split but the undecodable, the manifest lists so many by name, and
+    counts all; None: it lists all of them and counts none. Raises ValueError, publishing nothing, where more than the
+    fraction ``max_undecodable`` of a split cannot be decoded, or where a part cannot be seen from here.
     """
     sums = PixelSums(crop)
-    splits: dict[str, SplitInfo] = {}
-    odd: list[OddImage] = []
-    gathered = {split: _gather(out, split, units, sums, odd) for split in dict.fromkeys(unit.split for unit in units)}
-    for split, (_, _, num_files) in gathered.items():
-        _check_undecodable([o for o in odd if o.split == split], split, num_files, max_undecodable)
+    gathered = {split: _gather(out, split, units, sums) for split in dict.fromkeys(unit.split for unit in units)}
+    for split, found in gathered.items():
+        _check_undecodable(found.odd, split, found.num_files, max_undecodable)
+    odd = [o for found in gathered.values() for o in found.odd] + list(passed_over)
+    counted: dict[str, dict[str, int]] = {}
+    if max_listed is not None:
+        counted = _counted(odd)
+        for split, found in gathered.items():
+            if found.num_resized:
+                counted.setdefault(split, {})[RESIZED] = found.num_resized
+        odd = _first(odd, max_listed)
     statistics = statistics_bytes(sums)
-    for split, (shards, columns, _) in gathered.items():
-        index_sha256 = write_index(out, f"{split}.arrow", columns)
-        splits[split] = SplitInfo(len(columns["name"]), f"{split}.arrow", index_sha256, tuple(shards))
+    splits: dict[str, SplitInfo] = {}
+    for split, found in gathered.items():
+        index_sha256 = write_index(out, f"{split}.arrow", found.columns)
+        splits[split] = SplitInfo(len(found.columns["name"]), f"{split}.arrow", index_sha256, tuple(found.shards))
     out.publish(STATISTICS, statistics)
     manifest = Manifest(
         name=name,
@@ -255,6 +244,8 @@ def assemble(
         statistics_crop=crop,
         odd=tuple(odd),
         sources=tuple(sources),
+        options=dict(options or {}),
+        counted=counted,
     )
     out.publish(MANIFEST, manifest.to_bytes())
     return manifest
@@ -267,14 +258,22 @@ def clean_up(out: Storage, splits: Iterable[str]) -> None:
         out.delete_fragments(folder)
 
 
-def _gather(
-    out: Storage, split: str, units: Sequence[Unit], sums: PixelSums, odd: list[OddImage]
-) -> tuple[list[ShardInfo], dict[str, Any], int]:
-    """Shards, index columns and number of files of ``split``; adds to ``sums`` and ``odd``."""
-    shards: list[ShardInfo] = []
+@dataclass
+class _Gathered:
+    """What the parts of one split come to; ``columns`` of INDEX_SCHEMA."""
+
+    shards: list[ShardInfo] = field(default_factory=list)
+    columns: dict[str, Any] = field(default_factory=dict)
+    odd: list[OddImage] = field(default_factory=list)
+    num_files: int = 0
+    num_resized: int = 0
+
+
+def _gather(out: Storage, split: str, units: Sequence[Unit], sums: PixelSums) -> _Gathered:
+    """All parts of ``split``; adds to ``sums``."""
+    found = _Gathered()
     names: list[str] = []
     pieces: dict[str, list[np.ndarray]] = {c: [] for c in INDEX_SCHEMA.names if c != "name"}
-    num_files = 0
     for unit in units:
         if unit.split != split:
             continue
@@ -286,24 +285,46 @@ def _gather(
             )
         for column, piece in pieces.items():
             dtype = INDEX_SCHEMA.field(column).type.to_pandas_dtype()
-            piece.append(np.array(part.rows[column], dtype) + (len(shards) if column == "shard" else 0))
+            piece.append(np.array(part.rows[column], dtype) + (len(found.shards) if column == "shard" else 0))
         names += part.rows["name"]
-        shards += part.shards
-        odd += part.odd
-        num_files += part.num_files
+        found.shards += part.shards
+        found.odd += part.odd
+        found.num_files += part.num_files
+        found.num_resized += part.num_resized
         if part.sums_sha256:
             sums.merge(PixelSums.from_bytes(out.read(f"{PARTS}/{unit.key}.safetensors", part.sums_sha256)))
-    columns: dict[str, Any] = {c: np.concatenate(piece) for c, piece in pieces.items()}
-    return shards, {**columns, "name": names}, num_files
+    found.columns = {**{c: np.concatenate(piece) for c, piece in pieces.items()}, "name": names}
+    return found
+
+
+def _counted(odd: Sequence[OddImage]) -> dict[str, dict[str, int]]:
+    """Split → kind → number."""
+    counted: dict[str, dict[str, int]] = {}
+    for (split, what), number in sorted(Counter((o.split, o.what) for o in odd).items()):
+        counted.setdefault(split, {})[what] = number
+    return counted
+
+
+def _first(odd: Sequence[OddImage], max_listed: int) -> list[OddImage]:
+    """In the order of their names; of each kind of a split the first ``max_listed``, but all that are undecodable."""
+    listed: Counter[tuple[str, str]] = Counter()
+    first = []
+    for o in sorted(odd, key=lambda o: (o.split, o.name)):
+        listed[o.split, o.what] += 1
+        if o.what == UNDECODABLE or listed[o.split, o.what] <= max_listed:
+            first.append(o)
+    return first
 
 
 def _check_undecodable(odd: Sequence[OddImage], split: str, num_files: int, max_undecodable: float) -> None:
-    bad = [o for o in odd if o.what == "undecodable"]
-    allowed = max(1, int(max_undecodable * num_files)) if max_undecodable > 0 else 0
+    bad = [o for o in odd if o.what == UNDECODABLE]
+    allowed = max(1, math.floor(max_undecodable * num_files + 1e-9)) if max_undecodable > 0 else 0
     if len(bad) > allowed:
-        names = "\n".join(f"  {o.name}: {o.done}" for o in bad)
+        names = "\n".join(f"  {printable(o.name)}: {o.done}" for o in bad[:MAX_LISTED])
+        more = f"\n  and {len(bad) - MAX_LISTED} more" if len(bad) > MAX_LISTED else ""
+        enough = math.ceil(1000 * len(bad) / num_files) / 1000
         raise ValueError(
-            f"{len(bad)} of {num_files} images of {split} cannot be decoded, {allowed} are allowed: "
-            "is the archive damaged? To go on without them, run again with a larger --max-undecodable "
-            f"(a fraction; what is done stays done). They are:\n{names}"
+            f"{len(bad)} of {num_files} images of {split} cannot be decoded, {allowed} are allowed: are these files "
+            f"damaged? To go on as said below of each, run again with --max-undecodable {enough} (a fraction; what is "
+            f"done stays done). They are:\n{names}{more}"
         )

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 
 from rich import progress as bars
 from rich.console import Console
 
-from orchestrator.data.shards import Manifest
+from orchestrator.data.shards import PASSED_OVER, RESIZED, Manifest, OddImage
 from orchestrator.storage import Storage, sha256_hex
 
 _LINE_EVERY_S = 5.0
-_MAX_LISTED = 20
+MAX_LISTED = 50
 
 
 class Progress:
@@ -72,22 +72,61 @@ def print_summary(
     """What the data set holds, where it lies, and what was odd about its images."""
     if already_finished:
         print("already finished; nothing was done")
-    for split in sorted(manifest.splits, key=lambda name: ("train" not in name, "val" not in name, name)):
+    for split in in_order(manifest.splits):
         info = manifest.splits[split]
         size = sum(shard.nbytes for shard in info.shards)
         print(f"{split:6} {info.count:>9,} images {len(info.shards):>5,} shards {size / 1e9:>9.3f} GB")
     print(f"{len(manifest.classes)} classes")
-    if manifest.odd:
-        # The rare kinds first: an official set has thousands of grayscale images.
-        kinds = Counter(o.what for o in manifest.odd)
-        print("odd images: " + ", ".join(f"{kinds[what]} {what}" for what in sorted(kinds, key=lambda w: kinds[w])))
-        listed = sorted(manifest.odd, key=lambda o: (kinds[o.what], o.what))
-        for o in listed[:_MAX_LISTED]:
-            print(f"  {o.split} {o.name}: {o.what}, {o.done}")
-        if len(listed) > _MAX_LISTED:
-            print(f'  and {len(listed) - _MAX_LISTED} more: see "odd" in manifest.json')
+    for line in odd_lines(manifest):
+        print(line)
     for note in notes:
         print(note)
     print(f"data set  {out.url}")
     print(f"digest    {sha256_hex(manifest.to_bytes())}")
     print(f"time      {seconds:.1f} s; largest process {peak_rss_bytes / 2**20:.0f} MiB")
+
+
+def odd_lines(manifest: Manifest) -> list[str]:
+    """What was odd about the files of a data set, and what was done: counts, and each by its name up to a limit."""
+    counts = Counter((o.split, o.what) for o in manifest.odd)
+    counts.update({(s, what): 0 for s, whats in manifest.counted.items() for what in whats})
+    totals: Counter[str] = Counter()
+    for split, what in counts:
+        totals[what] += manifest.counted.get(split, {}).get(what, counts[split, what])
+    resized, passed_over = totals.pop(RESIZED, 0), totals.pop(PASSED_OVER, 0)
+    lines = []
+    if totals:
+        # The rare kinds first: an official set has thousands of grayscale images.
+        kinds = sorted(totals, key=lambda what: totals[what])
+        lines.append("odd images: " + ", ".join(f"{totals[what]:,} {what}" for what in kinds))
+        listed = [o for o in manifest.odd if o.what != PASSED_OVER]
+        lines += _listed(sorted(listed, key=lambda o: (kinds.index(o.what), o.split, o.name)), totals.total())
+    if passed_over:
+        lines.append(f"passed over: {passed_over:,} that are no images of the set")
+        lines += _listed([o for o in manifest.odd if o.what == PASSED_OVER], passed_over)
+    if resized:
+        side = manifest.options.get("max_side")
+        lines.append(f"resized: {resized:,} images, to {side} pixels at most (JPEG, quality 95, 4:4:4)")
+    return lines
+
+
+def _listed(odd: Sequence[OddImage], total: int) -> list[str]:
+    lines = []
+    for o in odd[:MAX_LISTED]:
+        what = "" if o.what == PASSED_OVER else f"{o.what}, "
+        # Names of a folder often begin with their split.
+        split = f"{o.split} " if o.split and not o.name.startswith(f"{o.split}/") else ""
+        lines.append(f"  {split}{printable(o.name)}: {what}{o.done}")
+    if total > len(lines):
+        lines.append(f'  and {total - len(lines):,} more: see "odd" and "counted" in manifest.json')
+    return lines
+
+
+def in_order(splits: Iterable[str]) -> list[str]:
+    """train, val, others."""
+    return sorted(splits, key=lambda name: ("train" not in name, "val" not in name, name))
+
+
+def printable(name: str) -> str:
+    """``name`` without what would move the cursor or colour a terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)

@@ -161,12 +161,18 @@ class Storage:
     def find(self) -> dict[str, int]:
         """Size in bytes of every file at any depth, by its name relative to this storage, sorted; {} if there is none.
 
-        Hidden files and folders (``.DS_Store``, ``.parts``) are passed over. Links are followed.
+        Hidden files and folders (``.DS_Store``, ``.parts``) are passed over. Links are followed. Raises OSError for a
+        folder that may not be read, ValueError for a link to nothing: leaving either out would lose files in silence.
         """
+
+        def fail(error: OSError) -> None:
+            if not isinstance(error, FileNotFoundError | NotADirectoryError):
+                raise error
+
         if self.is_local:
             found: dict[str, int] = {}
             walked: set[str] = set()
-            for folder, folders, names in os.walk(self.root, followlinks=True):
+            for folder, folders, names in os.walk(self.root, followlinks=True, onerror=fail):
                 if (real := os.path.realpath(folder)) in walked:  # a link to a folder that holds it
                     folders.clear()
                     continue
@@ -174,6 +180,8 @@ class Storage:
                 folders[:] = sorted(n for n in folders if not n.startswith("."))
                 for name in names:
                     path = Path(folder, name)
+                    if path.is_symlink() and not path.exists():
+                        raise ValueError(f"{path} is a link to nothing: mend or remove it")
                     if not name.startswith(".") and path.is_file():
                         found[path.relative_to(self.root).as_posix()] = path.stat().st_size
             return dict(sorted(found.items()))

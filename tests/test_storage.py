@@ -171,6 +171,17 @@ def test_find_names_every_visible_file_at_any_depth(storage: Storage) -> None:
     assert storage.sub("b").find() == {"c.jpg": 7, "deep/d.jpg": 12}
 
 
+def test_find_follows_links_once_and_refuses_those_to_nothing(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path / "a"))
+    storage.publish("b/c", b"1")
+    (tmp_path / "a" / "b" / "round").symlink_to(tmp_path / "a")
+    (tmp_path / "a" / "linked").symlink_to(tmp_path / "a" / "b" / "c")
+    assert storage.find() == {"b/c": 1, "linked": 1}
+    (tmp_path / "a" / "b" / "c").unlink()
+    with pytest.raises(ValueError, match="linked is a link to nothing: mend or remove it"):
+        storage.find()
+
+
 @pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/passwd", "", ".."])
 def test_names_stay_inside(storage: Storage, name: str) -> None:
     for act in (storage.path, storage.read, storage.sub, storage.delete, lambda n: storage.publish(n, b"")):

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from data_prep import demo
-from data_prep.ilsvrc import Arguments, Report, prepare
+from data_prep.ilsvrc import Arguments, prepare
+from data_prep.preparation import Report
 
 CROP = 32
 IMAGES_PER_UNIT = 5

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep import demo, ilsvrc, parts
+from data_prep import demo, ilsvrc, official, parts
 from data_prep.archives import walk
 from data_prep.fan_out import fan_out
 from data_prep.ilsvrc import Arguments, main, prepare
@@ -30,6 +30,7 @@ from data_prep.images import prepare_image
 from orchestrator.data.shards import UNLABELLED, DataSet
 from orchestrator.storage import Storage
 from tests import object_store
+from tests.data_prep import ending
 
 ROOT = Path(__file__).parents[2]
 TRAIN, VAL, TEST, DEVKIT = (
@@ -187,44 +188,12 @@ def test_sources_are_recorded(prepared: Any) -> None:
 
 # -- the same bytes, however -----------------------------------------------------------------------------------------
 
-# Kills its own process, at a moment given by the name of what is being published, or interrupts it.
-ENDING = """
-import contextlib, os, signal, sys
-from data_prep import ilsvrc
-from orchestrator.storage import Storage
-
-archives, out, where, name, nth, sent = sys.argv[1:7]
-publishing, seen = Storage.publishing, []
-
-@contextlib.contextmanager
-def ending(self, published):
-    mine = name in published and not seen.append(published) and len(seen) == int(nth)
-    with publishing(self, published) as stream:
-        yield stream
-        if mine and where == "inside":
-            stream.flush()
-            os.kill(os.getpid(), getattr(signal, sent))
-    if mine and where == "after":
-        os.kill(os.getpid(), getattr(signal, sent))
-
-Storage.publishing = ending
-prepare = ilsvrc.prepare
-ilsvrc.prepare = lambda arguments: prepare(arguments, images_per_unit=5)
-sys.exit(ilsvrc.main([archives, "--out", out, "--crop", "32", "--num-tasks", "0"]))
-"""
-
 
 def run_ending(
     archives: Path, out: Path, where: str, name: str, nth: int, sent: str = "SIGKILL"
 ) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", ENDING, str(archives), str(out), where, name, str(nth), sent],
-        cwd=ROOT,
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    arguments = [str(archives), "--out", str(out), "--crop", "32", "--num-tasks", "0"]
+    return ending.run_ending("data_prep.ilsvrc", arguments, where, name, nth, sent, {"images_per_unit": 5})
 
 
 def test_killed_again_and_again_it_ends_with_the_same_bytes(prepared: Any, tmp_path: Path, tree: Callable) -> None:
@@ -793,7 +762,7 @@ def test_official_sums(
 ) -> None:
     data = (archives / VAL).read_bytes()
     md5 = hashlib.md5(data).hexdigest() if genuine else "0" * 32
-    monkeypatch.setattr(ilsvrc, "_OFFICIAL", {VAL: ilsvrc._Official(int(len(data) * size), exact, md5)})
+    monkeypatch.setattr(official, "OFFICIAL", {VAL: official.Official(int(len(data) * size), exact, md5)})
     assert main([str(archives), "--out", str(tmp_path / "o"), "--crop", "32"]) == code
     captured = capsys.readouterr()
     printed = captured.err if code else captured.out

@@ -1,0 +1,173 @@
+"""One shard read from end to end and held against the manifest and the index."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import IO
+
+import numpy as np
+
+from data_prep.images import MAX_IMAGE_BYTES, is_ready
+from data_prep.progress import printable
+from orchestrator.data.shards import UNLABELLED, ShardInfo, key_of, path_key
+from orchestrator.storage import Storage
+
+_READ_BYTES = 4 << 20  # at a time; a multiple of tarfile.RECORDSIZE
+_MAX_PROBLEMS = 20  # named of one shard: a shard of another set has thousands
+DIGEST_BYTES = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """The n rows of the index that tell of one shard, in its order: arrays [n], names of length n."""
+
+    offset: np.ndarray
+    nbytes: np.ndarray
+    width: np.ndarray
+    height: np.ndarray
+    label: np.ndarray
+    names: Sequence[str]
+
+
+@dataclass(frozen=True, eq=False)
+class Expected:
+    """A shard as the manifest has it; ``rows`` None where the index cannot be read."""
+
+    info: ShardInfo
+    split: str
+    first_row: int  # of the split's index
+    rows: Rows | None
+
+
+@dataclass(frozen=True)
+class Found:
+    """``problems``: what is wrong, one line each, of ``num_problems``. ``digests``: of each image, 16 bytes a row."""
+
+    problems: tuple[str, ...]
+    num_problems: int
+    digests: bytes
+
+
+class ShardCheck:
+    """What runs on the machines of the cluster. Holds one image at a time and writes nothing."""
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+
+    def __call__(self, expected: Expected) -> Found:
+        """Raises OSError where storage fails for now."""
+        info, problems = expected.info, _Problems(expected.info.name)
+        digests = np.zeros(len(expected.rows.names) if expected.rows else 0, f"S{DIGEST_BYTES}")
+        try:
+            with self.storage.reading(info.name) as stream:
+                passing = _Passing(stream)
+                if expected.rows is not None:
+                    _check_members(passing, expected.rows, problems, digests)
+                while passing.read(_READ_BYTES):
+                    pass
+        except FileNotFoundError:
+            problems.first("is missing")
+            return problems.found(digests)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            problems.first(f"cannot be read to its end ({error})")
+            return problems.found(digests)
+        if passing.nbytes != info.nbytes:
+            problems.first(f"has {passing.nbytes} bytes where the manifest says {info.nbytes}")
+        elif passing.sha256.hexdigest() != info.sha256:
+            problems.first("is damaged: its SHA-256 is not the one in the manifest")
+        return problems.found(digests)
+
+
+class _Problems:
+    def __init__(self, shard: str) -> None:
+        self._shard, self._lines, self._number = shard, list[str](), 0
+
+    def add(self, line: str) -> None:
+        self._number += 1
+        if len(self._lines) < _MAX_PROBLEMS:
+            self._lines.append(f"{self._shard}: {line}")
+
+    def first(self, line: str) -> None:
+        """What is wrong with the whole shard: the cause of the rest."""
+        self._number += 1
+        self._lines.insert(0, f"{self._shard} {line}")
+
+    def found(self, digests: np.ndarray) -> Found:
+        return Found(tuple(self._lines), self._number, digests.tobytes())
+
+
+class _Passing:
+    """A stream read once, front to back; counts and digests what passes."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self.sha256 = hashlib.sha256()
+        self.nbytes = 0
+
+    def read(self, nbytes: int) -> bytes:
+        data = self._stream.read(nbytes)
+        self.sha256.update(data)
+        self.nbytes += len(data)
+        return data
+
+
+def _check_members(stream: _Passing, rows: Rows, problems: _Problems, digests: np.ndarray) -> None:
+    """The tar against the index; fills ``digests``."""
+    row_at = {offset: row for row, offset in enumerate(rows.offset.tolist())}
+    seen, labelled = np.zeros(len(row_at), bool), np.zeros(len(row_at), bool)
+    row, key = None, ""
+    try:
+        with tarfile.open(fileobj=stream, mode="r|", bufsize=_READ_BYTES, encoding="utf-8") as tar:  # type: ignore[call-overload]
+            for member in tar:
+                kind = member.name.rpartition(".")[2]
+                if not member.isreg() or kind not in ("jpg", "cls") or member.size > MAX_IMAGE_BYTES:
+                    problems.add(f"{printable(member.name)} at byte {member.offset} belongs to no data set")
+                    if member.size > MAX_IMAGE_BYTES:
+                        break
+                    continue
+                data = tar.extractfile(member).read()
+                if kind == "jpg":
+                    row, key = row_at.get(member.offset_data), member.name.removesuffix(".jpg")
+                    if row is None:
+                        problems.add(f"{printable(member.name)} at byte {member.offset_data} is not in the index")
+                        continue
+                    seen[row] = True
+                    digests[row] = hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()
+                    _check_image(data, key, rows, row, problems)
+                elif row is not None and member.name == f"{key}.cls":
+                    labelled[row] = True
+                    if data != str(rows.label[row]).encode():
+                        label = printable(data[:20].decode("latin1"))
+                        problems.add(f"{printable(rows.names[row])} has label {label}, in the index {rows.label[row]}")
+                else:
+                    problems.add(f"{printable(member.name)} at byte {member.offset} is the label of no image before it")
+    except (tarfile.TarError, EOFError, OverflowError, UnicodeError) as error:
+        problems.add(f"is no whole tar file ({error})")
+    _missing(rows, ~seen, "images that are not where the index says", problems)
+    _missing(
+        rows, seen & ((rows.label != UNLABELLED) != labelled), "images without a label, or with one too many", problems
+    )
+
+
+def _check_image(data: bytes, key: str, rows: Rows, row: int, problems: _Problems) -> None:
+    name, width, height = rows.names[row], int(rows.width[row]), int(rows.height[row])
+    keys = key_of(name).replace(".", "_"), path_key(name), path_key(name, distinct=True)
+    if key not in keys:
+        problems.add(f"{printable(key)}.jpg is {printable(name)} in the index")
+    if len(data) != rows.nbytes[row]:
+        problems.add(f"{printable(name)} has {len(data)} bytes, in the index {rows.nbytes[row]}")
+    elif not is_ready(data, width, height):
+        problems.add(f"{printable(name)} is no JPEG of {width} × {height} pixels that can be decoded")
+
+
+def _missing(rows: Rows, where: np.ndarray, what: str, problems: _Problems) -> None:
+    missing = np.flatnonzero(where)
+    if len(missing):
+        names = ", ".join(printable(rows.names[row]) for row in missing[:3])
+        problems.add(f"{what}: {len(missing)} of {len(where)} ({names}{', …' if len(missing) > 3 else ''})")
