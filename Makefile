@@ -6,7 +6,7 @@ DEMO := build/demo
 export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: demo test lint types setup golden clean
+.PHONY: demo test lint types setup golden outage clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/installed
@@ -41,6 +41,10 @@ lint: setup
 types: setup
 	@echo "== types"
 	$(VENV)/bin/mypy
+
+outage: setup
+	@echo "== an S3 server that fails one request in twenty, and is away for a minute (a small form is in 'make test')"
+	OUTAGE_S=60 $(PYTHON) -m pytest tests/test_remote.py tests/jobs/test_s3.py --timeout 900
 
 golden: setup
 	@echo "== golden losses of this tree against the parent commit"

@@ -45,7 +45,7 @@ def read_devkit(archives: Storage, name: str) -> Devkit:
         raise ValueError(f"{name} cannot be unpacked ({error}): download it again") from None
     for base in ("meta.mat", "ILSVRC2012_validation_ground_truth.txt"):
         if base not in files:
-            raise ValueError(f"{name} has no data/{base}: it is not the devkit of tasks 1 and 2")
+            raise ValueError(f"{name} has no data/{base}: it is not the devkit of tasks 1 and 2: download that")
     classes, num_train_images = _classes(files["meta.mat"])
     labels = {c.ilsvrc_id: c.label for c in classes if c.ilsvrc_id is not None}
     truth = files["ILSVRC2012_validation_ground_truth.txt"].split()

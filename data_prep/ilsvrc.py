@@ -170,7 +170,7 @@ def _plan_train(archives: Storage, archive: str, nbytes: int, devkit: Devkit, cr
                     "do both come from ILSVRC2012 (tasks 1 and 2)?"
                 )
             if wnid in tars:
-                raise ValueError(f"{archive} holds {member.name!r} twice")
+                raise ValueError(f"{archive} holds {member.name!r} twice: download it again")
             stop = member.offset + member.nbytes
             tars[wnid] = InnerTar(archive, nbytes, f"{wnid}.tar", member.offset, stop, labels[wnid])
         for tar in tars.values():
@@ -192,7 +192,7 @@ def _scan(archives: Storage, archive: str, nbytes: int) -> list[Member]:
         raise ValueError(f"{archive} holds no images: download it again")
     for one, other in itertools.pairwise(members):
         if one.name == other.name:
-            raise ValueError(f"{archive} holds {one.name!r} twice")
+            raise ValueError(f"{archive} holds {one.name!r} twice: download it again")
     return members
 
 

@@ -55,7 +55,7 @@ class InnerTar:
             for member in walk(stream, where, self.start, self.stop):
                 key = key_of(member.name)
                 if key in seen:
-                    raise ValueError(f"{where}: two files have the name {member.name!r}")
+                    raise ValueError(f"{where}: two files have the name {member.name!r}: download it again")
                 seen.add(key)
                 stream.seek(member.offset)
                 data = stream.read(_checked_size(self.archive, member))

@@ -51,7 +51,7 @@ def main() -> int:
     if arguments.recipe not in RECIPES:
         raise ValueError(f"unknown recipe {arguments.recipe!r}: choose one of {', '.join(RECIPES)}")
     if arguments.columns < 1 or arguments.rows < 1 or arguments.step < 0:
-        raise ValueError("columns and rows must be at least 1, step at least 0")
+        raise ValueError("--columns and --rows must be at least 1, --step at least 0")
     config = RECIPES[arguments.recipe]()
     data = DataSet(Storage(arguments.data))
     view, test_view, mean, axes = views_of(config, data)

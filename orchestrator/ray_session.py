@@ -75,8 +75,14 @@ def ray_session(address: str | None = None, num_cpus: int | None = None) -> Iter
             try:
                 ray.init(**({"address": address} if address else start), **quiet)
             except (ConnectionError, RuntimeError, ValueError) as error:
-                where = f"the Ray cluster at {address}" if address else "a local Ray cluster"
-                raise ValueError(f"{where} cannot be used: {error}") from None
+                if not address:
+                    raise ValueError(
+                        f"a local Ray cluster cannot be started ({error}): its logs are in /tmp/ray/session_latest/logs"
+                    ) from None
+                raise ValueError(
+                    f"the Ray cluster at {address} cannot be used ({error}): its token (RAY_AUTH_MODE=token, "
+                    "RAY_AUTH_TOKEN_PATH) and its versions of Ray and Python must be those of this process"
+                ) from None
             try:
                 yield _cluster()
             finally:

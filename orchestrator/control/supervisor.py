@@ -83,15 +83,21 @@ def place(config: TrainConfig, cluster: Cluster) -> Placement:
     p, batch = config.placement, config.batch
     use_gpu = cluster.gpus > 0 if p.use_gpu is None else p.use_gpu
     slots = _slots(cluster, use_gpu, max(1, p.cpus_per_worker))
-    kind = "GPUs" if use_gpu else "CPUs"
+    each = f", {p.cpus_per_worker} for each on one node" if p.cpus_per_worker > 1 else ""
     if p.num_workers > slots:
-        have = cluster.gpus if use_gpu else cluster.cpus
+        lack_gpus = use_gpu and p.num_workers > cluster.gpus
+        what = f"GPUs than the cluster's {cluster.gpus}" if lack_gpus else f"CPUs than the cluster's {cluster.cpus}{each}"
         raise ValueError(
-            f"{p.num_workers} workers need more {kind} than the cluster's {have}: lower --placement.num-workers "
-            "(0 takes what is there)"
+            f"{p.num_workers} workers need more {what}: lower --placement.num-workers (0 takes what is there)"
+            + (" or --placement.cpus-per-worker" if each else "")
         )
+    if slots < 1 and use_gpu and not cluster.gpus:
+        raise ValueError("the cluster has no GPUs for a worker: start one with some, or change --placement.use-gpu")
     if slots < 1:
-        raise ValueError(f"the cluster has no {kind} for a worker: start one with some, or change --placement.use-gpu")
+        raise ValueError(
+            f"no node of the cluster has the CPUs for a worker{each}: start one with some, or lower "
+            "--placement.cpus-per-worker"
+        )
     num_workers = p.num_workers or max(
         n for n in range(1, slots + 1) if _can_share(n, batch.global_batch_size, batch.bn_group_size)
     )

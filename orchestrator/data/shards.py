@@ -133,7 +133,10 @@ class Manifest:
         try:
             raw = json.loads(data)
             if raw["format"] != FORMAT:
-                raise ValueError(f"format {raw['format']!r}, this program reads {FORMAT!r}")
+                raise ValueError(
+                    f"manifest.json has the format {raw['format']!r}, this program reads {FORMAT!r}: prepare the data "
+                    "set again"
+                )
             manifest = Manifest(
                 name=raw["name"],
                 classes=tuple(ClassInfo(**c) for c in raw["classes"]),
@@ -211,11 +214,11 @@ class ShardWriter:
         Raises ValueError for a key that is there already, or that would unpack to somewhere else.
         """
         if key.startswith("/") or {"", ".", ".."} & set(key.split("/")) or not key.isprintable() or "\\" in key:
-            raise ValueError(f"{key!r} is no name for an image of a shard")
+            raise ValueError(f"{key!r} is no name for an image of a shard: rename that image")
         # WebDataset splits a member's name at the first dot of its base name.
         key = key.replace(".", "_")
         if key in self._keys:
-            raise ValueError(f"two images of shard {self.name} have the name {key!r}")
+            raise ValueError(f"two images of shard {self.name} have the name {key!r}: rename one")
         self._keys.add(key)
         offset = self._member(f"{key}.jpg", image)
         if label != UNLABELLED:
@@ -431,7 +434,9 @@ class DataSet:
     def _info(self, name: str) -> SplitInfo:
         if name not in self.manifest.splits:
             have = ", ".join(self.manifest.splits)
-            raise ValueError(f"data set {self.storage.url!r} has no split {name!r}: it has {have}")
+            raise ValueError(
+                f"data set {self.storage.url!r} has no split {name!r}: it has {have}: prepare one with train and val"
+            )
         return self.manifest.splits[name]
 
 

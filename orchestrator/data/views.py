@@ -78,14 +78,14 @@ class TrainView:
 
     def __post_init__(self) -> None:
         if self.crop < 1:
-            raise ValueError(f"crop {self.crop} must be at least 1 pixel")
+            raise ValueError(f"input.crop_px {self.crop} must be at least 1")
         if self.style is CropStyle.SCALE_JITTER and not self.crop <= self.scale_min <= self.scale_max:
             raise ValueError(
-                f"crop {self.crop} ≤ scale_min {self.scale_min} ≤ scale_max {self.scale_max} does not hold: "
-                "the paper's ratio is 224, 256, 480"
+                f"input.crop_px {self.crop} ≤ input.scale_min_px {self.scale_min} ≤ input.scale_max_px {self.scale_max} "
+                "does not hold: change them together (the paper: 224, 256, 480)"
             )
         if not 0 < self.area_min <= 1:
-            raise ValueError(f"area_min {self.area_min} is outside (0, 1]")
+            raise ValueError(f"input.area_min {self.area_min} must be in (0, 1]")
 
     def views(
         self, stream: SampleStream, positions: np.ndarray, width: np.ndarray, height: np.ndarray, axes: ColourAxes
@@ -145,7 +145,9 @@ class TestView:
 
     def __post_init__(self) -> None:
         if not 1 <= self.crop <= self.shorter_side:
-            raise ValueError(f"crop {self.crop} is larger than the test view's shorter side {self.shorter_side}")
+            raise ValueError(
+                f"input.crop_px {self.crop} is larger than input.test_shorter_side_px {self.shorter_side}: raise that"
+            )
 
     def views(self, width: np.ndarray, height: np.ndarray) -> Views:
         """Views of n images of the sizes given [n] in pixels."""

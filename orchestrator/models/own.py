@@ -40,19 +40,31 @@ def build_own(factory: str, *, num_classes: int, image_size: int) -> nn.Module:
 
 def _group_batch_norm(model: nn.Module, factory: str) -> None:
     """Every nn.BatchNorm2d of ``model`` becomes a BatchNorm2d of ours, in place."""
+    seen: set[int] = set()
     for parent_name, parent in list(model.named_modules()):
-        for name, layer in list(parent.named_children()):
-            if not isinstance(layer, _BatchNorm) or isinstance(layer, BatchNorm2d):
+        for name, layer in list(parent._modules.items()):
+            if not isinstance(layer, _BatchNorm):
                 continue
             where = f"{parent_name}.{name}".lstrip(".")
-            if type(layer) is not nn.BatchNorm2d or not layer.affine or not layer.track_running_stats:
+            if id(layer) in seen:
+                raise ValueError(
+                    f"model.factory {factory!r}: the batch norm {where} is used at another place too, whose statistics "
+                    "are others: give each place a layer of its own"
+                )
+            seen.add(id(layer))
+            if isinstance(layer, BatchNorm2d):
+                continue
+            if type(layer) is not nn.BatchNorm2d or not layer.affine or layer.running_mean is None:
                 raise ValueError(
                     f"model.factory {factory!r}: {where} is a {type(layer).__name__} that cannot follow batch-norm "
                     "groups: use nn.BatchNorm2d with its weights and running statistics"
                 )
-            ours = BatchNorm2d(layer.num_features, layer.eps, 0.1 if layer.momentum is None else layer.momentum)
+            if layer.momentum is None:
+                raise ValueError(f"model.factory {factory!r}: {where} averages for ever: give it a momentum")
+            ours = BatchNorm2d(layer.num_features, layer.eps, layer.momentum)
             ours.load_state_dict(layer.state_dict())
-            setattr(parent, name, ours)
+            parent._modules[name] = ours
+            seen.add(id(ours))
 
 
 def _check_logits(model: nn.Module, factory: str, num_classes: int, image_size: int) -> None:

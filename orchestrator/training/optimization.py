@@ -180,7 +180,7 @@ class SGD:
     def load(self, momentum: dict[str, torch.Tensor], lr: float) -> None:
         """Go on from a saved momentum and the learning rate it was made at. Raises ValueError on other names."""
         if momentum and momentum.keys() != self._names.keys():
-            raise ValueError("the checkpoint's momentum is of another model")
+            raise ValueError("the checkpoint's momentum is of another model: give a changed network another --name")
         for name, p in self._names.items():
             if momentum:
                 # In the parameter's memory format: the fused kernel refuses any other.

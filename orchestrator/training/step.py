@@ -92,7 +92,9 @@ class ClassificationStep:
         try:
             self.model.load_state_dict(weights)
         except RuntimeError as error:
-            raise ValueError(f"the checkpoint is of another model: {error}") from None
+            raise ValueError(
+                f"the checkpoint is of another model: give a changed network another --name ({error})"
+            ) from None
         self.optimizer.load(momentum, lr)
 
     def _settle_buckets(self, crop_px: int) -> None:
