@@ -50,7 +50,9 @@ def walk(stream: IO[bytes], archive: str, start: int, stop: int) -> Iterator[Mem
         position = data + -(-header.size // BLOCK) * BLOCK
         if header.type in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE):
             if header.size > _MAX_LONG_NAME_BYTES:
-                raise ValueError(f"{archive} is damaged at byte {data} (a name of {header.size} bytes): download it again")
+                raise ValueError(
+                    f"{archive} is damaged at byte {data} (a name of {header.size} bytes): download it again"
+                )
             long_name = _long_name(header.type, _read(stream, archive, data, header.size, stop)) or long_name
             continue
         if header.isreg():

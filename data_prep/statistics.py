@@ -77,7 +77,9 @@ def statistics_of(sums: PixelSums) -> dict[str, np.ndarray]:
     with its largest component positive. Raises ValueError where no image was counted.
     """
     if not sums.count:
-        raise ValueError("the training set has no decodable image: there is nothing to take a mean of: see "cannot be decoded" above, or add images")
+        raise ValueError(
+            "the training set has no decodable image, so there is nothing to take a mean of: are its files damaged?"
+        )
     pixels = sums.count * sums.crop**2
     totals = [int(t) for t in sums.image.sum(axis=(0, 1))]
     covariance = [

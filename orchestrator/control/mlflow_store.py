@@ -60,7 +60,9 @@ def check(uri: str) -> str | None:
             try:
                 importlib.import_module("sqlalchemy").create_engine(uri)  # loads the driver; connects later
             except Exception as error:
-                raise ValueError(f"tracking URI {masked(uri)} cannot be used ({one_line(error)}): mend the URI, or install its driver") from None
+                raise ValueError(
+                    f"tracking URI {masked(uri)} cannot be used ({one_line(error)}): mend it, or install its driver"
+                ) from None
         case "http" | "https":
             if not urlsplit(uri).hostname:
                 raise ValueError(f"tracking URI {masked(uri)} names no host: write http://host:port")

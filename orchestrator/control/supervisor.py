@@ -85,11 +85,11 @@ def place(config: TrainConfig, cluster: Cluster) -> Placement:
     slots = _slots(cluster, use_gpu, max(1, p.cpus_per_worker))
     each = f", {p.cpus_per_worker} for each on one node" if p.cpus_per_worker > 1 else ""
     if p.num_workers > slots:
-        lack_gpus = use_gpu and p.num_workers > cluster.gpus
-        what = f"GPUs than the cluster's {cluster.gpus}" if lack_gpus else f"CPUs than the cluster's {cluster.cpus}{each}"
+        kind = "GPUs" if use_gpu and p.num_workers > cluster.gpus else "CPUs"
+        have = f"{cluster.gpus}" if kind == "GPUs" else f"{cluster.cpus}{each}"
         raise ValueError(
-            f"{p.num_workers} workers need more {what}: lower --placement.num-workers (0 takes what is there)"
-            + (" or --placement.cpus-per-worker" if each else "")
+            f"{p.num_workers} workers need more {kind} than the cluster's {have}: lower --placement.num-workers "
+            "(0 takes what is there)" + (" or --placement.cpus-per-worker" if each else "")
         )
     if slots < 1 and use_gpu and not cluster.gpus:
         raise ValueError("the cluster has no GPUs for a worker: start one with some, or change --placement.use-gpu")

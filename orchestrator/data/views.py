@@ -81,8 +81,8 @@ class TrainView:
             raise ValueError(f"input.crop_px {self.crop} must be at least 1")
         if self.style is CropStyle.SCALE_JITTER and not self.crop <= self.scale_min <= self.scale_max:
             raise ValueError(
-                f"input.crop_px {self.crop} ≤ input.scale_min_px {self.scale_min} ≤ input.scale_max_px {self.scale_max} "
-                "does not hold: change them together (the paper: 224, 256, 480)"
+                f"input.crop_px {self.crop} ≤ scale_min_px {self.scale_min} ≤ scale_max_px {self.scale_max} does not "
+                "hold: change them together (the paper: 224, 256, 480)"
             )
         if not 0 < self.area_min <= 1:
             raise ValueError(f"input.area_min {self.area_min} must be in (0, 1]")
