@@ -27,6 +27,7 @@ from orchestrator.control.description import data_note, network, run_description
 from orchestrator.control.terminal import Terminal
 from orchestrator.control.tracking import RunStatus, Tracker, default_uri
 from orchestrator.control.tracking import check as check_tracking
+from orchestrator.remote import stop_waiting
 from orchestrator.storage import Storage
 from orchestrator.training.checkpoint import Checkpoints, checkpoint_event, newest_journal
 from orchestrator.training.notices import Event
@@ -135,6 +136,7 @@ def run(command: Command) -> int:
                 outcome = train(config, listen)
             status = RunStatus.FINISHED
         except KeyboardInterrupt:
+            stop_waiting()
             status = RunStatus.KILLED
             raise
         except SupersededError:
@@ -172,7 +174,10 @@ def _tell_notices(event: Event) -> None:
         print(event["text"], file=sys.stderr)
 
 
-def exit_code(job: Callable[[], int]) -> int:
+_GOES_ON = "the same command goes on from the newest checkpoint"
+
+
+def exit_code(job: Callable[[], int], interrupted: str = _GOES_ON) -> int:
     """Run ``job``; every error that a user can meet becomes one message and an exit code."""
     try:
         return job()
@@ -183,7 +188,8 @@ def exit_code(job: Callable[[], int]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on from the newest checkpoint", file=sys.stderr)
+        stop_waiting()
+        print(f"interrupted: {interrupted}", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 

@@ -7,6 +7,7 @@ image, and the first validation images below it.
 from __future__ import annotations
 
 import sys
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -75,10 +76,11 @@ def main() -> int:
     checks = EvalInput(data.split("val"), test_view, mean, settings, arguments.columns, 0)
     validation = next(checks.batches(0, 1))
     checks.close()
+    shown = int(validation.valid.sum() + validation.num_unreadable)  # the rest of the batch is padding
 
     added_back = torch.from_numpy(mean.value.reshape(3, *mean.value.shape[1:] or (1, 1)))
-    images = torch.cat([training.images.cpu().float(), validation.images.cpu().float()]) + added_back
-    labels = torch.cat([training.labels, validation.labels]).tolist()
+    images = torch.cat([training.images.cpu().float(), validation.images[:shown].cpu().float()]) + added_back
+    labels = torch.cat([training.labels, validation.labels[:shown]]).tolist()
     rows = arguments.rows + 1
     figure = Figure(figsize=(1.5 * arguments.columns, 1.75 * rows), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
@@ -87,13 +89,15 @@ def main() -> int:
         axis.imshow(image.clamp(0, 255).byte().permute(1, 2, 0).numpy())
         axis.set_axis_off()
         words = (data.manifest.classes[label].words or data.manifest.classes[label].wnid)[:24]
-        axis.set_title(words if number < count else f"val: {words}", fontsize=7)
+        axis.set_title(words if number < count else f"val: {words}", fontsize=7, parse_math=False)
     temporary = Path(arguments.out).with_suffix(".tmp.png")
-    figure.savefig(temporary)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # names in scripts that the font lacks show as boxes
+        figure.savefig(temporary)
     temporary.replace(arguments.out)
     print(f"wrote {arguments.out}: {count} training images from stream position {first}, one row of validation images")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(command_line.exit_code(main))
+    sys.exit(command_line.exit_code(main, interrupted="nothing was written"))

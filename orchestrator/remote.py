@@ -1,7 +1,8 @@
 """Calls to an object store: made again while waiting can help; else an error that names the setting to look at.
 
 Nothing here opens a store: ``storage`` does, and passes every call through a ``Line``. Libraries of object stores raise
-exceptions of their own, which are told apart by their names, so that none of them needs to be installed.
+exceptions of their own, which are told apart by the names of their types and by the codes of S3's protocol, so that
+none of the libraries needs to be installed; never by their text, which holds the names of buckets and files.
 """
 
 from __future__ import annotations
@@ -29,34 +30,33 @@ _CREDENTIALS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, as 
 _ENDPOINT = "AWS_ENDPOINT_URL (or FSSPEC_S3_ENDPOINT_URL)"
 _STYLE = """FSSPEC_S3='{"config_kwargs": {"s3": {"addressing_style": "path"}}}'"""
 
-# What an error's type and text contain, and what to do. The first match counts. All of these are settings.
+# Types of errors and codes of S3's protocol, and what to do. The first row that has one of an error's signs counts.
 _SETTINGS = (
-    (r"NoCredentials|PartialCredentials|CredentialRetrieval", f"no credentials were found: set {_CREDENTIALS}, or "
-     "FSSPEC_S3_ANON=true for a public bucket"),
-    (r"ProfileNotFound", "AWS_PROFILE names a profile that ~/.aws does not have"),
-    (r"InvalidAccessKeyId|Access Key Id you provided does not exist", "this store does not know the access key: check "
-     f"AWS_ACCESS_KEY_ID (or AWS_PROFILE), and {_ENDPOINT}"),
-    (r"SignatureDoesNotMatch|signature we calculated", "the secret does not belong to the access key: check "
-     "AWS_SECRET_ACCESS_KEY (or AWS_PROFILE)"),
-    (r"ExpiredToken|token has expired|TokenRefreshRequired|InvalidToken|token is malformed", "the session token is "
-     "over: renew AWS_SESSION_TOKEN"),
-    (r"RequestTimeTooSkewed", "this machine's clock is wrong: set it"),
-    (r"PermanentRedirect|AuthorizationHeaderMalformed|IllegalLocationConstraint|region '[\w-]*' is wrong", "the bucket "
-     "is in another region: set AWS_DEFAULT_REGION"),
-    (r"Invalid endpoint|UnknownEndpoint", f"{_ENDPOINT} is no URL such as https://host:9000"),
-    (r"InvalidBucketName|ParamValidation", "the bucket's name is not one that a store can have: check the URL"),
-    (r"NoSuchBucket|bucket does not exist", f"there is no such bucket: create it, check the URL, or {_ENDPOINT}"),
-    (r"AccessDenied|Forbidden|\b403\b|PermissionError", "the credentials do not allow this: check the bucket's policy, "
-     f"and {_CREDENTIALS}"),
-    (r"SSL|certificate", f"no secure connection: check that {_ENDPOINT} says https only where the store speaks it, and "
-     "AWS_CA_BUNDLE"),
+    ("ProfileNotFound", "AWS_PROFILE names a profile that ~/.aws does not have"),
+    ("InvalidAccessKeyId InvalidClientTokenId", "this store does not know the access key: check AWS_ACCESS_KEY_ID (or "
+     f"AWS_PROFILE), and {_ENDPOINT}"),
+    ("SignatureDoesNotMatch", "the secret does not belong to the access key: check AWS_SECRET_ACCESS_KEY (or "
+     "AWS_PROFILE)"),
+    ("ExpiredToken TokenRefreshRequired InvalidToken", "the session token is over: renew AWS_SESSION_TOKEN"),
+    ("RequestTimeTooSkewed", "this machine's clock is wrong: set it"),
+    ("PermanentRedirect AuthorizationHeaderMalformed IllegalLocationConstraintException 301", "the bucket is in "
+     "another region: set AWS_DEFAULT_REGION"),
+    ("InvalidEndpoint", f"{_ENDPOINT} is no URL such as https://host:9000"),
+    ("InvalidBucketName ParamValidationError", "the bucket's name is not one that a store can have: check the URL"),
+    ("NoSuchBucket", f"there is no such bucket: create it, check the URL, or {_ENDPOINT}"),
+    ("AccessDenied AllAccessDisabled Forbidden 403 PermissionError", "the credentials do not allow this: check the "
+     f"bucket's policy, and {_CREDENTIALS}"),
 )  # fmt: skip
-_TOO_SHORT = r"InvalidRange|range is not satisfiable"
-# What waiting can help against; the advice is for a store that has never answered.
+# What waiting can help against, where the store has answered before; the advice is for one that never has.
 _TRANSIENT = (
-    (r"EndpointConnection|ConnectTimeout|ConnectionRefused|ClientConnector|getaddrinfo|resolve", "nothing answers "
-     f"there: check {_ENDPOINT}, the network and proxies; a store that knows no bucket.host addresses needs {_STYLE}"),
-    (r"", "check that the store is well, and that its address is right: " + _ENDPOINT),
+    ("NoCredentialsError PartialCredentialsError CredentialRetrievalError", "no credentials were found: set "
+     f"{_CREDENTIALS}, or FSSPEC_S3_ANON=true for a public bucket"),
+    ("SSLError SSLCertVerificationError ClientConnectorSSLError ClientConnectorCertificateError", "no secure "
+     f"connection: check that {_ENDPOINT} says https only where the store speaks it, and AWS_CA_BUNDLE"),
+    ("EndpointConnectionError ConnectTimeoutError ConnectionRefusedError ClientConnectorError ClientConnectorDNSError",
+     f"nothing answers there: check {_ENDPOINT}, the network and proxies; a store that knows no bucket.host addresses "
+     f"needs {_STYLE}"),
+    ("Exception", f"check that the store is well, and that its address is right: {_ENDPOINT}"),
 )  # fmt: skip
 
 
@@ -69,12 +69,18 @@ class StoreUnreachableError(OSError):
 
 
 _trusts = False
+_stop = threading.Event()
 
 
 def trust_stores() -> None:
     """Whoever started this process has reached its stores: that one does not answer now is an outage."""
     global _trusts
     _trusts = True
+
+
+def stop_waiting() -> None:
+    """This process is to end: no call waits for a store any more, in any thread."""
+    _stop.set()
 
 
 class Line:
@@ -103,27 +109,29 @@ class Line:
                     self._answered = True
                     raise
                 except Exception as error:
-                    advice = advice_for(error, _SETTINGS)
-                    if isinstance(error, FileNotFoundError):
+                    signs = _signs(error)
+                    advice = _advice(signs, _SETTINGS)
+                    # An upload that is gone is one whose end was answered, and the answer lost: it is sent again.
+                    if isinstance(error, FileNotFoundError) and "NoSuchUpload" not in signs:
                         self._answered = True
-                        if advice is None:
+                        if "NoSuchBucket" not in signs:
                             raise
-                    if re.search(_TOO_SHORT, _texts(error)):
+                    if signs & {"InvalidRange", "416"}:
                         raise OSError(errno.EIO, f"{place} is truncated: it ends before what was asked for") from None
                     if advice is not None:
                         raise StoreRefusedError(f"{place}: {advice}{_said(error)}") from None
                     if type(error).__module__ == "builtins" and not isinstance(error, OSError):
                         raise  # a fault of the program, not of the store
                     known, waited_s = self._answered or _trusts, time.monotonic() - started_s
-                    if waited_s >= (self._patience_s if known else self._first_contact_s):
+                    if _stop.is_set() or waited_s >= (self._patience_s if known else self._first_contact_s):
                         said = f"no answer for {waited_s:.0f} s{_said(error)}"
                         if known:
                             raise StoreUnreachableError(f"{place}: {said}: the same command goes on later") from None
-                        raise StoreRefusedError(f"{place}: {said}: {advice_for(error, _TRANSIENT)}") from None
+                        raise StoreRefusedError(f"{place}: {said}: {_advice(signs, _TRANSIENT)}") from None
                     if not tells and known and waited_s > 1:
                         tells = True
                         self._tell(place, error)
-                    time.sleep(pause_s * random.uniform(0.5, 1))
+                    _stop.wait(pause_s * random.uniform(0.5, 1))
                     pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
         finally:
             if tells:
@@ -142,25 +150,32 @@ class Line:
                 _log.warning("%s: waited %.0f s for it", place, waited_s)
 
 
-def advice_for(error: BaseException, table: tuple[tuple[str, str], ...] = (*_SETTINGS, *_TRANSIENT)) -> str | None:
-    """What the first line of ``table`` that speaks of ``error`` or its causes advises; None where none does."""
-    text = _texts(error)
-    return next((advice for pattern, advice in table if re.search(pattern, text)), None)
-
-
 def check_no_credentials(url: str) -> None:
     """Raises ValueError, without repeating them, where ``url`` holds credentials: URLs are shown and recorded."""
-    if re.search(r"//[^/@]+:[^/@]*@", url) or re.search(r"[?&](key|secret|token|password|sig|signature)=", url, re.I):
+    address, _, query = url.partition("?")
+    names = r"(^|&)[\w.-]*(key|secret|token|password|sig|signature|credential)="
+    if re.search(r"://[^@]*:[^@]*@", address) or re.search(names, query, re.IGNORECASE):
         raise ValueError(f"a storage URL holds credentials: leave them out and set {_CREDENTIALS}")
 
 
-def _texts(error: BaseException | None) -> str:
-    """Types and messages of ``error`` and of what caused it."""
-    texts: list[str] = []
-    while error is not None and len(texts) < 8:
-        texts.append(f"{type(error).__name__}: {error}")
+def _signs(error: BaseException | None) -> set[str]:
+    """Names of the types of ``error`` and of what caused it, and the codes that S3 gave."""
+    signs: set[str] = set()
+    for _ in range(8):
+        if error is None:
+            break
+        signs |= {kind.__name__ for kind in type(error).__mro__}
+        response = getattr(error, "response", None)
+        if isinstance(response, dict):
+            signs.add(str(response.get("Error", {}).get("Code", "")))
+        if isinstance(error, ValueError) and str(error).startswith("Invalid endpoint"):  # botocore has no type for it
+            signs |= {"InvalidEndpoint"}
         error = error.__cause__ or error.__context__
-    return "\n".join(texts)
+    return signs
+
+
+def _advice(signs: set[str], table: tuple[tuple[str, str], ...]) -> str | None:
+    return next((advice for row, advice in table if signs & set(row.split())), None)
 
 
 def _said(error: BaseException) -> str:

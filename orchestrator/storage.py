@@ -23,7 +23,7 @@ from weakref import WeakKeyDictionary
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from orchestrator.remote import Line, check_no_credentials
+from orchestrator.remote import Line, StoreUnreachableError, check_no_credentials
 
 Result = TypeVar("Result")
 
@@ -120,8 +120,20 @@ class Storage:
             return [self.read_range(*request) for request in requests]
         names, starts, stops = zip(*requests, strict=True)
         paths = [self.path(n) for n in names]
-        chunks = self._call(names[0], lambda: self.fs.cat_ranges(paths, list(starts), list(stops), on_error="raise"))
-        return [self._whole(*request, chunk) for request, chunk in zip(requests, chunks, strict=True)]
+        chunks: dict[int, bytes] = {}
+
+        def read_missing() -> list[bytes]:
+            todo = [i for i in range(len(paths)) if i not in chunks]
+            found = self.fs.cat_ranges(
+                [paths[i] for i in todo], [starts[i] for i in todo], [stops[i] for i in todo], on_error="return"
+            )
+            chunks.update((i, data) for i, data in zip(todo, found, strict=True) if not isinstance(data, BaseException))
+            if error := next((data for data in found if isinstance(data, BaseException)), None):
+                raise error
+            return [chunks[i] for i in range(len(paths))]
+
+        read = self._call(names[0], read_missing)
+        return [self._whole(*request, chunk) for request, chunk in zip(requests, read, strict=True)]
 
     def _whole(self, name: str, start: int, stop: int, data: bytes) -> bytes:
         if len(data) != stop - start:
@@ -151,6 +163,7 @@ class Storage:
 
     def _entries(self, name: str) -> dict[str, dict[str, Any]]:
         path, prefix = (self.path(name), f"{name}/") if name else (self.root, "")
+        self.fs.invalidate_cache(path)  # another process may have written since
         try:
             entries = self._call(name, lambda: cast(list[dict[str, Any]], self.fs.ls(path, detail=True)))
         except (FileNotFoundError, NotADirectoryError):
@@ -185,6 +198,7 @@ class Storage:
                     if not name.startswith(".") and path.is_file():
                         found[path.relative_to(self.root).as_posix()] = path.stat().st_size
             return dict(sorted(found.items()))
+        self.fs.invalidate_cache(self.root)
         entries = self._call("", lambda: cast(dict[str, Any], self.fs.find(self.root, detail=True)))
         sizes = {path[len(self.root) + 1 :]: int(entry["size"]) for path, entry in entries.items()}
         return {n: size for n, size in sorted(sizes.items()) if not any(p.startswith(".") for p in n.split("/"))}
@@ -270,7 +284,8 @@ class Storage:
     def delete_fragments(self, name: str = "") -> None:
         """Remove what killed writers have left half-written in sub-folder ``name``; no writer may be at work there.
 
-        On an object store there are none to see: an unfinished upload expires by the bucket's own rules.
+        On an object store there are none to see: what a killed upload has sent goes by the bucket's lifecycle rule, if
+        it has one for incomplete multipart uploads.
         """
         if self.is_local:
             for fragment in Path(self.path(name) if name else self.root).glob(".tmp-*"):
@@ -286,13 +301,17 @@ class Storage:
         return shutil.disk_usage(folder).free
 
     def check_writable(self) -> None:
-        """Write, read back and delete a small file. Raises ValueError, saying what to do, where that fails."""
+        """Write, read back and delete a small file. Raises ValueError, saying what to do, where that fails, and
+        StoreUnreachableError where the store is away.
+        """
         probe = f".probe-{secrets.token_hex(8)}"
         try:
             self.publish(probe, b"probe")
             if self.read(probe) != b"probe":
                 raise OSError("what was written did not come back")
             self.delete(probe)
+        except StoreUnreachableError:
+            raise
         except (ValueError, OSError) as error:
             hint = ": check that it exists, and its permissions" if self.is_local else ""
             raise ValueError(f"storage {self.url!r} cannot be written ({error}){hint}") from None
@@ -302,11 +321,20 @@ class Storage:
 _LINES: WeakKeyDictionary[Any, Line] = WeakKeyDictionary()
 
 
+# Tries inside the S3 library, of one request; the rest is ours, which knows how long to wait and tells of it.
+_S3_TRIES = 3
+
+
 def _open(url: str) -> tuple[Any, str]:
     """File system and path of ``url``."""
-    is_local = "://" not in url or url.startswith(("file:", "local:"))
+    if not url.startswith(("s3://", "s3a://")):
+        return cast(tuple[Any, str], fsspec.core.url_to_fs(url))
+    theirs = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})  # what the user has set
+    config = {"retries": {"total_max_attempts": _S3_TRIES}, **theirs}
     # Another process may have written since a listing.
-    return cast(tuple[Any, str], fsspec.core.url_to_fs(url, **({} if is_local else {"use_listings_cache": False})))
+    fs, root = fsspec.core.url_to_fs(url, use_listings_cache=False, config_kwargs=config)
+    fs.retries = 1
+    return fs, root
 
 
 class _RangeReader(io.RawIOBase):

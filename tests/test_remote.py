@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import ssl
 import subprocess
 import sys
 import threading
@@ -16,8 +17,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import fsspec
 import pytest
 
+import orchestrator.storage
 from orchestrator import remote
 from orchestrator.remote import Line, StoreUnreachableError
 from orchestrator.storage import Storage, sha256_hex
@@ -28,6 +31,14 @@ ROOT = Path(__file__).parents[1]
 OUTAGE_S = float(os.environ.get("OUTAGE_S", "4"))
 
 
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The S3 library tries once and waits a second: what holds is ours."""
+    monkeypatch.setattr(orchestrator.storage, "_S3_TRIES", 1)
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": {"read_timeout": 1}})
+
+
+@pytest.mark.usefixtures("alone")
 def test_one_request_in_ten_may_fail(s3: S3Server, tmp_path: Path) -> None:
     storage = Storage(f"s3://{BUCKET}/{tmp_path.name}")
     large = random.Random(0).randbytes(40 << 20)
@@ -51,17 +62,21 @@ def test_one_request_in_ten_may_fail(s3: S3Server, tmp_path: Path) -> None:
     assert storage.files("small") == []
 
 
-def test_an_outage_is_waited_for(s3: S3Server, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("alone")
+def test_an_outage_is_waited_for(s3: S3Server, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     storage = Storage(f"s3://{BUCKET}/{tmp_path.name}")
     storage.publish("x", b"before")
     s3.tell("stop")
     timer = threading.Timer(OUTAGE_S, s3.tell, ["start"])
     timer.start()
-    storage.publish("y", b"after")
+    with caplog.at_level(logging.WARNING):
+        storage.publish("y", b"after")
     timer.join()
+    assert "no answer; waiting up to 300 s" in caplog.text
     assert (storage.read("x"), storage.read("y")) == (b"before", b"after")
 
 
+@pytest.mark.usefixtures("alone")
 def test_a_store_that_hangs_is_waited_for(s3: S3Server, tmp_path: Path) -> None:
     storage = Storage(f"s3://{BUCKET}/{tmp_path.name}")
     s3.tell(f"hang {OUTAGE_S}")
@@ -69,9 +84,9 @@ def test_a_store_that_hangs_is_waited_for(s3: S3Server, tmp_path: Path) -> None:
     assert storage.read("x") == b"late"
 
 
-def _fails_until(end_s: float) -> str:
+def _fails_until(end_s: float, text: str = "nobody there") -> str:
     if time.monotonic() < end_s:
-        raise ConnectionRefusedError("nobody there")
+        raise ConnectionRefusedError(text)
     return "back"
 
 
@@ -96,6 +111,55 @@ def test_waiting_is_told_once_by_many_threads(caplog: pytest.LogCaptureFixture) 
     assert len(told) == 2
     assert "no answer; waiting up to 30 s (ConnectionRefusedError: nobody there)" in told[0]
     assert "waited" in told[1]
+
+
+@pytest.mark.parametrize("name", ["SSL-resnet50", "r50-403", "train/n01440764-403.tar", "certificate/Forbidden"])
+def test_names_do_not_look_like_errors(s3: S3Server, tmp_path: Path, name: str) -> None:
+    storage = Storage(f"s3://{BUCKET}/{tmp_path.name}")
+    assert storage.sub(name).files("attempts") == []
+    assert not storage.exists(name)
+    with pytest.raises(FileNotFoundError):
+        storage.read(name)
+    line, end_s = Line(), time.monotonic() + 0.3
+    line.call(name, lambda: None)
+    assert line.call(name, lambda: _fails_until(end_s, f"s3://{name} of {name}")) == "back"
+
+
+class NoCredentialsError(Exception):
+    """Of the name that botocore's has, for a metadata service that is away for a moment."""
+
+
+def test_what_passes_is_not_refused_by_a_store_that_has_answered() -> None:
+    for kind in (NoCredentialsError, ssl.SSLError, PermissionError):
+        line, end_s = Line(), time.monotonic() + 0.3
+
+        def fails(kind: type[Exception] = kind, end_s: float = end_s) -> str:
+            if time.monotonic() < end_s:
+                raise kind("for now")
+            return "back"
+
+        with pytest.raises(ValueError, match="AWS_"):
+            Line(first_contact_s=0).call("s3://x/y", fails)
+        line.call("s3://x/y", lambda: None)
+        if kind is PermissionError:  # this does not pass
+            with pytest.raises(ValueError, match="the credentials do not allow this"):
+                line.call("s3://x/y", fails)
+        else:
+            assert line.call("s3://x/y", fails) == "back"
+
+
+def test_nothing_waits_in_a_process_that_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "_stop", threading.Event())
+    line = Line()
+    line.call("s3://x/y", lambda: None)
+    with ThreadPoolExecutor(1) as thread:
+        waiting = thread.submit(line.call, "s3://x/y", lambda: _fails_until(math.inf))
+        time.sleep(0.5)
+        started_s = time.monotonic()
+        remote.stop_waiting()
+        with pytest.raises(StoreUnreachableError):
+            waiting.result()
+    assert time.monotonic() - started_s < 1
 
 
 def test_a_fault_of_the_program_is_not_tried_again() -> None:

@@ -198,6 +198,8 @@ def test_names_stay_inside(storage: Storage, name: str) -> None:
         ("s3://", "names no folder"),
         ("s3://name:hush@bucket/x", "holds credentials"),
         ("s3://bucket/x?secret=hush", "holds credentials"),
+        ("s3://bucket/x?X-Amz-Signature=hush", "holds credentials"),
+        ("s3://AKIDEXAMPLE:wJalr/K7MDENG/hush@bucket/x", "holds credentials"),
     ],
 )
 def test_useless_urls_are_refused(url: str, message: str) -> None:

@@ -19,6 +19,7 @@ from orchestrator.config import TrainConfig
 from orchestrator.data.pipeline import Mean
 from orchestrator.data.shards import DataSet, Split
 from orchestrator.data.views import ColourAxes, TestView, TrainView
+from orchestrator.remote import StoreUnreachableError
 from orchestrator.storage import Storage
 from orchestrator.training.assembly import build_model, views_of
 from orchestrator.training.run import Outcome, check_identity, finished
@@ -227,6 +228,8 @@ def reading_storage(url: str) -> Iterator[None]:
 def _reading(url: str) -> Iterator[None]:
     try:
         yield
+    except StoreUnreachableError:  # nothing to mend here
+        raise
     except OSError as error:
         raise ValueError(
             f"data set {url!r} cannot be read ({type(error).__name__}: {error}): check the URL, its permissions and, "

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from orchestrator import models
-from orchestrator.config import TrainConfig
+from orchestrator.config import Order, TrainConfig
 from orchestrator.control import checks, supervisor, tracking
 from orchestrator.control.checks import Check, Space, Start, Verdict
 from orchestrator.control.facts import (
@@ -231,8 +231,13 @@ def _data_facts(start: Start) -> DataFacts | None:
     if data is None:
         return None
     manifest = data.manifest
-    undecodable = Counter(o.split for o in manifest.odd if o.what == "undecodable")
-    odd = Counter((o.split, o.what, o.done) for o in manifest.odd)
+    odd = manifest.odd_counts()
+    undecodable = Counter({split: number for (split, what), number in odd.items() if what == "undecodable"})
+    order, window_classes = start.config.input.order, 0
+    if order is Order.WINDOWED and "train" in start.splits:
+        train = start.splits["train"]
+        window = sample_stream(start.config, train).upcoming_shards(0)[: start.config.input.window_shards]
+        window_classes = len(np.unique(train.label[np.isin(train.shard, window)]))
     return DataFacts(
         url=data.storage.url,
         is_local=data.storage.is_local,
@@ -245,7 +250,8 @@ def _data_facts(start: Start) -> DataFacts | None:
         ),
         odd=tuple((*key, number) for key, number in sorted(odd.items())),
         statistics_crop_px=manifest.statistics_crop,
-        order=start.config.input.order,
+        order=order,
+        window_classes=window_classes,
     )
 
 

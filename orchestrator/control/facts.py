@@ -64,7 +64,9 @@ class SplitFacts:
 
 @dataclass(frozen=True)
 class DataFacts:
-    """The data set. ``odd``: how many images of which split are what, and what was done; ``sha256`` is its digest."""
+    """The data set. ``odd``: how many files of which split are what; ``sha256``: its digest; ``window_classes``: those
+    of the first window of the windowed order, else 0.
+    """
 
     url: str
     is_local: bool
@@ -72,9 +74,10 @@ class DataFacts:
     sha256: str
     num_classes: int
     splits: tuple[SplitFacts, ...]
-    odd: tuple[tuple[str, str, str, int], ...]  # split, what, done, number of images
+    odd: tuple[tuple[str, str, int], ...]  # split, what, number of files
     statistics_crop_px: int
     order: Order
+    window_classes: int = 0
 
 
 @dataclass(frozen=True)
@@ -175,15 +178,14 @@ def schedule_facts(config: TrainConfig, num_images: int) -> ScheduleFacts:
     """Length and rhythm of a run on ``num_images`` training images."""
     rhythm, batch_size = config.rhythm, config.batch.global_batch_size
     steps = total_steps(config.schedule, num_images, batch_size)
-    validations = checkpoints = 0
-    images_between = num_images * rhythm.validate_every_epochs
-    for first in range(0, steps, _STEPS_AT_A_TIME):
-        # The trainer's own rule, on many steps at once.
-        ends = np.arange(first, min(first + _STEPS_AT_A_TIME, steps) + 1)
-        due = np.diff(ends * batch_size // images_between) > 0
-        due[-1] |= ends[-1] == steps
-        validations += int(due.sum())
-        checkpoints += int((due | (ends[1:] % rhythm.checkpoint_every_steps == 0)).sum())
+    images_between, every = num_images * rhythm.validate_every_epochs, rhythm.checkpoint_every_steps
+    # The trainer's rule, counted: a validation where a step crosses a multiple of ``images_between``, and at the end.
+    crossed = steps if batch_size > images_between else int(steps * batch_size // images_between)
+    validations = crossed + (not _is_due(np.array([steps]), batch_size, images_between)[0])
+    checkpoints = validations
+    for first in range(every, steps, every * _AT_A_TIME):
+        ends = np.arange(first, min(first + every * _AT_A_TIME, steps), every)
+        checkpoints += int((~_is_due(ends, batch_size, images_between)).sum())
     return ScheduleFacts(
         steps=steps,
         epochs=steps * batch_size / num_images,
@@ -195,7 +197,12 @@ def schedule_facts(config: TrainConfig, num_images: int) -> ScheduleFacts:
     )
 
 
-_STEPS_AT_A_TIME = 1 << 20
+_AT_A_TIME = 1 << 20
+
+
+def _is_due(steps: np.ndarray, batch_size: int, images_between: float) -> np.ndarray:
+    """Whether a validation follows each of ``steps`` [n] int64, the last of a run apart: [n] bool."""
+    return np.asarray(steps * batch_size // images_between > (steps - 1) * batch_size // images_between)
 
 
 def policy_in_words(schedule: ScheduleConfig, steps: int) -> str:

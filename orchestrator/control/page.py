@@ -153,15 +153,18 @@ def _data_lines(data: DataFacts | None, config: TrainConfig) -> Iterator[str]:
     for split in data.splits:
         bad = f", {split.undecodable:,} undecodable" if split.undecodable else ""
         yield f"{split.name}: {split.images:,} images in {_count(split.shards, 'shard')}, {_bytes(split.nbytes)}{bad}"
-    for (what, done), found in groupby(sorted(data.odd, key=lambda odd: odd[1:3]), key=lambda odd: odd[1:3]):
-        yield f"{what}: {', '.join(f'{number:,} in {split}' for split, *_, number in found)} ({done})"
+    for what, found in groupby(sorted(data.odd, key=lambda odd: odd[1]), key=lambda odd: odd[1]):
+        yield f"{what}: {', '.join(f'{number:,} in {split}' if split else f'{number:,}' for split, _, number in found)}"
     if not data.odd:
         yield "no odd images"
     match data.order:
         case Order.FULL:
             order = "in a new order each epoch"
         case Order.WINDOWED:
-            order = f"in a new order each epoch, mixed within {_count(config.input.window_shards, 'shard')}"
+            shards = _count(config.input.window_shards, "shard")
+            order = f"in a new order each epoch, mixed within {shards} that hold {data.window_classes:,} of the classes"
+            if 2 * data.window_classes < data.num_classes:
+                order += " (few for a batch: raise input.window_shards, or prepare shards that mix classes)"
         case Order.SEQUENTIAL:
             order = "as they lie in the shards"
     crop_px = config.input.crop_px

@@ -20,7 +20,7 @@ from orchestrator.config import TrainConfig
 from orchestrator.control import checks
 from orchestrator.data.shards import DataSet
 from orchestrator.ray_session import Cluster, ray_session
-from orchestrator.remote import trust_stores
+from orchestrator.remote import stop_waiting, trust_stores
 from orchestrator.storage import Storage
 from orchestrator.training.notices import Event, notice, warnings_told
 from orchestrator.training.run import (
@@ -142,6 +142,8 @@ def run_in_process_group(config: TrainConfig, listen: Listener) -> Outcome:
     if done is not None:
         return done
     data, run = check(config), run_storage(config)
+    if os.environ.get("RANK", "0") != "0" or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        trust_stores()  # the first process, or the first start, has reached them
     world = World.from_environment()
     try:
         share_of(world.rank, world.size, config.batch.global_batch_size, config.batch.bn_group_size)
@@ -220,6 +222,7 @@ def _fit(config: TrainConfig, placement: Placement, run: Storage, attempt: int, 
     try:
         trainer.fit()
     except SystemExit:  # what Ray's own SIGINT handler makes of Ctrl-C
+        stop_waiting()
         raise KeyboardInterrupt from None
     except Exception as error:  # Ray wraps whatever a worker raised in types of its own
         failure = error
@@ -227,9 +230,11 @@ def _fit(config: TrainConfig, placement: Placement, run: Storage, attempt: int, 
         signal.signal(signal.SIGINT, on_interrupt)
         stop.set()
         listener.join(timeout=15)
-        with suppress(OSError):
+        with suppress(OSError, ValueError):
             run.delete(ray_folder)
-    refusal = ray.get(mailbox.refusal.remote())
+    refusal: tuple[bool, str] | None = None
+    with suppress(ray.exceptions.RayError):  # the cluster itself may be gone
+        refusal = ray.get(mailbox.refusal.remote())
     if refusal is not None:
         is_users, reason = refusal
         raise ValueError(reason) if is_users else SupersededError(reason)

@@ -302,11 +302,15 @@ class Tracker:
         return key in self._held
 
     def _tell_result(self, status: RunStatus) -> None:
+        """Words must not hold back numbers or the end of the run: a failure waits for the next result."""
         with self._lock:
             result = self._account.result(status)
         if result != self._told_result:
-            self._run.tell_result(result)
             self._told_result = result
+            try:
+                self._run.tell_result(result)
+            except Exception as error:
+                _log.info("tracking of %s: no result in the description (%s)", self._name, one_line(error))
 
     # -- the figure ---------------------------------------------------------------------------------------------
 

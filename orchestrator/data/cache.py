@@ -1,10 +1,12 @@
 """Shards of a remote data set on this machine's disk: staged behind the reads, shared by all processes of the machine.
 
-Nobody waits for it: what is not there yet is read from the store by ranges. In the folder lie::
+Nobody waits for it: what is not there yet is read from the store by ranges. In the folder lies, in one of our own::
 
-    .lock                       held while room is made for a shard
+    .lock                       held while room is made for a shard, and while a shard gets its name
     <data set>/<shard>          whole, of the recorded SHA-256; the time of its last use is its modification time
     <data set>/<shard>.part     being fetched, its full size taken from the budget; locked by the process that fetches
+
+Nothing else in the folder is counted or removed.
 """
 
 from __future__ import annotations
@@ -14,12 +16,13 @@ import hashlib
 import logging
 import math
 import os
+import re
 import shutil
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -34,6 +37,8 @@ _CHUNK_BYTES = 8 << 20
 _IN_USE_S = 600.0  # what another run has used within this time is not evicted
 _TOUCH_EVERY_S = 60.0
 _RETRY_S = 5.0
+_OWN_FOLDER = "resnet-orchestrator-shards"
+_DATA_SET = re.compile(r"[0-9a-f]{16}")
 
 
 def default_folder() -> Path:
@@ -43,26 +48,21 @@ def default_folder() -> Path:
 
 class ShardCache:
     """Copies of the shards of ``source`` in ``folder``, which may hold ``budget_bytes`` in all (None: half of what is
-    free there). Raises ValueError where the folder cannot be used.
+    free there). Raises OSError where the folder cannot be used.
     """
 
     def __init__(self, source: Storage, data_digest: str, folder: Path, budget_bytes: int | None) -> None:
-        self._source, self.folder, self._home = source, folder, folder / data_digest[:16]
-        try:
-            self._home.mkdir(parents=True, exist_ok=True, mode=0o700)
-            owner = folder.stat().st_uid
-            if owner not in (os.getuid(), 0):
-                raise PermissionError(f"it belongs to user {owner}")
-            if budget_bytes is None:
-                budget_bytes = shutil.disk_usage(folder).free // 2 + sum(size for _, size, _ in self._content())
-            (folder / ".lock").touch()
-        except OSError as error:
-            raise ValueError(
-                f"the cache folder {folder} cannot be used ({error}): give another placement.cache_dir, or "
-                "placement.cache_gb 0 for no cache"
-            ) from None
+        self._source, self._folder = source, folder / _OWN_FOLDER
+        self._home = self._folder / data_digest[:16]
+        self._home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        owner = self._folder.stat().st_uid
+        if owner != os.getuid():
+            raise PermissionError(f"{self._folder} belongs to another user ({owner})")
+        if budget_bytes is None:
+            budget_bytes = shutil.disk_usage(folder).free // 2 + self.staged_bytes()
         self.budget_bytes = budget_bytes
         self._wanted: dict[str, tuple[ShardInfo, ...]] = {}
+        self._let_go: dict[Path, float] = {}  # when this process last wanted what it wants no more
         self._damaged: set[str] = set()
         self._changed, self._closing = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
@@ -72,12 +72,13 @@ class ShardCache:
         return self._home / shard.replace("/", "__")
 
     def open(self, shard: str) -> IO[bytes] | None:
-        """The staged shard, unbuffered; None where it is not there (yet, or any more)."""
+        """The staged shard, unbuffered; None where it is not there (yet, or any more), or cannot be opened."""
         try:
             file = open(self.path(shard), "rb", buffering=0)  # noqa: SIM115 - the caller closes it
-        except FileNotFoundError:
+        except OSError:  # most often: not there
             return None
-        os.utime(file.fileno())
+        with suppress(OSError):
+            os.utime(file.fileno())
         return file
 
     def want(self, split: str, shards: Sequence[ShardInfo]) -> None:
@@ -85,6 +86,10 @@ class ShardCache:
 
         The splits come in the order in which they were first spoken of.
         """
+        now_s, kept = time.time(), {shard.name for shard in shards}
+        for shard in self._wanted.get(split, ()):
+            if shard.name not in kept:
+                self._let_go[self.path(shard.name)] = now_s
         self._wanted = {**self._wanted, split: tuple(shards)}
         self._changed.set()
         if self._thread is None and self.budget_bytes > 0:
@@ -150,17 +155,30 @@ class ShardCache:
                 is_done = is_done and not part.exists()
                 continue
             with file:
+                is_whole = False
                 try:
-                    if self._fetch(shard, file):
-                        part.replace(path)
+                    is_whole = self._fetch(shard, file)
                 finally:
-                    part.unlink(missing_ok=True)
+                    with self._lock():
+                        if is_whole:
+                            part.replace(path)
+                        else:
+                            part.unlink(missing_ok=True)
         return is_done
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        """Hold the lock of the folder: no other process makes room, begins a shard or names one."""
+        self._home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with open(self._folder / ".lock", "ab") as lock:  # for writing, as NFS asks for
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def _begin(self, part: Path, nbytes: int, rank: Mapping[Path, int], number: int) -> IO[bytes] | None:
         """A new file of that size, locked; None where there is no room, or where another process fetches it."""
-        with open(self.folder / ".lock", "rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with self._lock():
+            if self._path_of(part).exists():  # staged by another process since we looked
+                return None
             if part.exists():
                 if not _is_abandoned(part):
                     return None
@@ -181,6 +199,10 @@ class ShardCache:
                 part.unlink(missing_ok=True)
                 raise
             return file
+
+    @staticmethod
+    def _path_of(part: Path) -> Path:
+        return part.with_name(part.name.removesuffix(".part"))
 
     def _fetch(self, shard: ShardInfo, file: IO[bytes]) -> bool:
         """Whether the file holds the shard now: it may be damaged, or the run at its end."""
@@ -206,30 +228,33 @@ class ShardCache:
 
     def _evictable(self, rank: Mapping[Path, int], number: int) -> list[tuple[Path, int, float]]:
         """What may go for the shard wanted as number ``number``: what is wanted less, then what no run uses."""
-        now_s = time.time()
-        last = len(rank)
-        found = [
-            (path, size, used_s)
-            for path, size, used_s in self._content()
-            if rank.get(path, last) > number and (path.parent == self._home or now_s - used_s > _IN_USE_S)
-        ]
+        now_s, last = time.time(), len(rank)
+
+        def may_go(path: Path, used_s: float) -> bool:
+            if path in rank:
+                return rank[path] > number
+            # Touched since we let go of it, it is in use by another run, or by a worker that is not as far.
+            return now_s - used_s > _IN_USE_S or used_s <= self._let_go.get(path, -math.inf)
+
+        found = [(path, size, used_s) for path, size, used_s in self._content() if may_go(path, used_s)]
         return sorted(found, key=lambda item: (-rank.get(item[0], last), item[2]))
 
     def _content(self) -> Iterator[tuple[Path, int, float]]:
-        for folder in self.folder.iterdir():
-            if folder.is_dir():
-                for path in folder.iterdir():
-                    try:
+        """Our copies, whole and begun, of all data sets: path, size in bytes, time of the last use."""
+        for folder in self._folder.iterdir():
+            if not _DATA_SET.fullmatch(folder.name):
+                continue
+            for path in folder.iterdir():
+                if path.name.endswith((".tar", ".tar.part")):
+                    with suppress(FileNotFoundError):
                         stat = path.stat()
-                    except FileNotFoundError:
-                        continue
-                    yield path, stat.st_size, stat.st_mtime
+                        yield path, stat.st_size, stat.st_mtime
 
 
 def _is_abandoned(part: Path) -> bool:
     """Whether the process that fetched this is gone."""
     try:
-        with open(part, "rb") as file:
+        with open(part, "r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except FileNotFoundError:
         return True

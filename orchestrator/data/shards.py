@@ -120,6 +120,13 @@ class Manifest:
     counted: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     format: str = FORMAT
 
+    def odd_counts(self) -> dict[tuple[str, str], int]:
+        """How many files are odd, by split and kind; ``odd`` itself may list only the first of them."""
+        counts: dict[tuple[str, str], int] = {}
+        for o in self.odd:
+            counts[o.split, o.what] = counts.get((o.split, o.what), 0) + 1
+        return counts | {(split, what): n for split, whats in self.counted.items() for what, n in whats.items()}
+
     def to_bytes(self) -> bytes:
         raw = asdict(self)
         for key in ("options", "counted"):  # left out where empty: digests are older than these fields
@@ -316,6 +323,7 @@ class _Reader:
     def read(self, requests: Sequence[tuple[str, int, int]]) -> list[bytes]:
         if self._storage.is_local:
             return [self._pread(*request) for request in requests]
+        self._let_go()
         found = [self._read_staged(*request) for request in requests]
         missing = [i for i, data in enumerate(found) if data is None]
         if missing:
@@ -335,6 +343,11 @@ class _Reader:
         except OSError:  # someone has cut the copy, or its disk fails
             self._files.pop(name).close()
             return None
+
+    def _let_go(self) -> None:
+        """Close copies that were evicted: an open file keeps its place on the disk."""
+        for name in [n for n, file in self._files.items() if not os.fstat(file.fileno()).st_nlink]:
+            self._files.pop(name).close()
 
     def _pread(self, name: str, start: int, stop: int) -> bytes:
         file = self._files.get(name)

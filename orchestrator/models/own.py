@@ -63,6 +63,8 @@ def _group_batch_norm(model: nn.Module, factory: str) -> None:
                 raise ValueError(f"model.factory {factory!r}: {where} averages for ever: give it a momentum")
             ours = BatchNorm2d(layer.num_features, layer.eps, layer.momentum)
             ours.load_state_dict(layer.state_dict())
+            for parameter, theirs in zip(ours.parameters(), layer.parameters(), strict=True):
+                parameter.requires_grad_(theirs.requires_grad)
             parent._modules[name] = ours
             seen.add(id(ours))
 

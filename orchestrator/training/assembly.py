@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from orchestrator.data.pipeline import Mean
 from orchestrator.data.sampling import SampleStream
 from orchestrator.data.shards import DataSet, Split
 from orchestrator.data.views import ColourAxes, TestView, TrainView
+
+_log = logging.getLogger(__name__)
 
 
 def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
@@ -74,12 +77,16 @@ def sample_stream(config: TrainConfig, train_split: Split) -> SampleStream:
 
 
 def shard_cache(config: TrainConfig, data: DataSet) -> ShardCache | None:
-    """This node's copies of a remote data set; None for a local one, or where no cache is wanted. Raises ValueError."""
+    """This node's copies of a remote data set; None for a local one, and where no cache is wanted or can be had."""
     p = config.placement
     if data.storage.is_local or p.cache_gb == 0:
         return None
-    budget_bytes = None if p.cache_gb is None else int(p.cache_gb * 1e9)
-    return ShardCache(data.storage, data.digest, Path(p.cache_dir) if p.cache_dir else default_folder(), budget_bytes)
+    folder = Path(p.cache_dir) if p.cache_dir else default_folder()
+    try:
+        return ShardCache(data.storage, data.digest, folder, None if p.cache_gb is None else int(p.cache_gb * 1e9))
+    except OSError as error:  # this node's affair: the run goes on without
+        _log.warning("no shards are staged on this machine, every image is read from the store: %s: %s", folder, error)
+        return None
 
 
 def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | None:

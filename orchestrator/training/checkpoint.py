@@ -136,14 +136,23 @@ class Checkpoints:
         return min(measured, key=lambda r: (r.validation_top1_error, r.step), default=None)
 
     def newest(self) -> Snapshot | None:
-        """The newest checkpoint whose every digest is right; None where there is none. OSError where storage fails."""
-        for record in reversed(self.records()):
+        """The newest checkpoint whose every digest is right; None where there is none. OSError where storage fails.
+
+        Raises ValueError where there are checkpoints and none is usable: to begin again would be to give them up.
+        """
+        records = self.records()
+        for record in reversed(records):
             try:
                 return self.load(record)
             except StoreRefusedError:  # nothing is wrong with the checkpoint
                 raise
             except (DigestError, FileNotFoundError, ValueError, safetensors.SafetensorError) as error:
                 self._notice(f"checkpoint of step {record.step} is not usable ({error}): going back to the one before")
+        if records:
+            raise ValueError(
+                f"none of the {len(records)} checkpoints of {self._run.url} is usable: restore one, or delete "
+                "checkpoints/ there to begin again"
+            )
         return None
 
     def load(self, record: CommitRecord) -> Snapshot:

@@ -19,7 +19,9 @@ def notice(text: str) -> Event:
 def warnings_told(emit: Callable[[Event], None], rank: int) -> Iterator[None]:
     """Within it, warnings of storage and input (a store that is away, a damaged shard) are notices of ``rank``."""
     handler = _Handler(emit, rank)
-    loggers = [logging.getLogger(name) for name in ("orchestrator.remote", "orchestrator.data")]
+    loggers = [
+        logging.getLogger(name) for name in ("orchestrator.remote", "orchestrator.data", "orchestrator.training")
+    ]
     for logger in loggers:
         logger.addHandler(handler)
     try:

@@ -48,8 +48,8 @@ def check_identity(run: Storage, config: TrainConfig, data: DataSet | None) -> N
     except FileNotFoundError:
         return
     try:
-        old = json.loads(content)["identity"]
-    except (ValueError, KeyError):
+        old = dict(json.loads(content)["identity"])
+    except (ValueError, KeyError, TypeError):
         raise ValueError(f"{run.url}/config.json is damaged: restore it, or choose another --name") from None
     new = _identity(config, data.digest if data is not None else old.get("data_sha256"))
     changed = differences(old, new)
@@ -93,8 +93,8 @@ def check_ownership(run: Storage, attempt: int) -> None:
 
 def newest_attempt(run: Storage) -> int:
     """The highest attempt so far, 0 before the first."""
-    names = run.files("attempts")
-    return int(PurePosixPath(names[-1]).stem) if names else 0
+    numbers = [PurePosixPath(name).stem for name in run.files("attempts")]
+    return max((int(number) for number in numbers if number.isdecimal()), default=0)
 
 
 # -- outcome --------------------------------------------------------------------------------------------------------
@@ -119,8 +119,15 @@ def finish(run: Storage, outcome: Outcome) -> None:
 
 
 def finished(run: Storage) -> Outcome | None:
-    """The outcome of a run that is done, else None."""
+    """The outcome of a run that is done, else None. Raises ValueError where it is damaged."""
     try:
-        return Outcome(**json.loads(run.read("finished.json")))
+        content = run.read("finished.json")
     except FileNotFoundError:
         return None
+    try:
+        return Outcome(**json.loads(content))
+    except (ValueError, TypeError):
+        raise ValueError(
+            f"{run.url}/finished.json is damaged: delete it, and the same command writes it again from the newest "
+            "checkpoint"
+        ) from None

@@ -43,7 +43,6 @@ class ClassificationStep:
         self._statistics = RunningStatistics(model)
         self._parallel = world.distribute(model)
         self._meter = Meter(world.device)
-        self._has_dropout = any(isinstance(m, nn.Dropout) for m in model.modules())
         model.train()
         if world.size > 1:
             self._settle_buckets(crop_px)
@@ -60,8 +59,8 @@ class ClassificationStep:
         for number in range(share.num_groups):
             group = slice(number * share.images_per_group, (number + 1) * share.images_per_group)
             images, labels = batch.images[group], batch.labels[group]
-            if self._has_dropout:
-                torch.manual_seed(_dropout_seed(self._seed, step, share.first_group + number, share.first_image))
+            # Whatever draws (dropout, stochastic depth, …) draws the same after a restart and at any number of workers.
+            torch.manual_seed(_group_seed(self._seed, step, share.first_group + number, share.first_image))
             with self._world.reducing(self._parallel, now=number == share.num_groups - 1):
                 with torch.autocast(images.device.type, self._autocast, enabled=self._autocast is not None):
                     logits = self._parallel(images)
@@ -113,7 +112,7 @@ class ClassificationStep:
         self._statistics.discard()
 
 
-def _dropout_seed(seed: int, step: int, group: int, first_image: int) -> int:
+def _group_seed(seed: int, step: int, group: int, first_image: int) -> int:
     key = np.array([seed], np.uint64)
     for part in (step, group, first_image, Purpose.DROPOUT.value):
         key = mix64(key ^ np.uint64(part))

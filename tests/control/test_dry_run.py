@@ -132,7 +132,7 @@ def test_a_run_before_between_and_after_its_starts(prepared: Path, tmp_path: Pat
 
 
 def test_validations_and_checkpoints_are_counted_by_the_trainers_rule(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(facts, "_STEPS_AT_A_TIME", 7)
+    monkeypatch.setattr(facts, "_AT_A_TIME", 7)
     for images, size, steps, validate, save in (
         (96, 24, 50, 0.5, 3),
         (100, 24, 61, 1.0, 4),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from orchestrator.config import Order
+from orchestrator.config import Order, PlacementConfig, TrainConfig
 from orchestrator.data.cache import ShardCache
 from orchestrator.data.decoder import DecodeSettings
 from orchestrator.data.pipeline import Mean, TrainInput
@@ -24,6 +25,7 @@ from orchestrator.data.sampling import SampleStream
 from orchestrator.data.shards import DataSet
 from orchestrator.data.views import ColourAxes, TrainView
 from orchestrator.storage import Storage
+from orchestrator.training.assembly import shard_cache
 from tests.data.build import build, jpeg, noise_image
 from tests.s3_server import BUCKET, S3Server
 
@@ -108,20 +110,88 @@ def test_the_budget_is_kept_and_the_rest_is_read_from_the_store(
     cache.close()
 
 
+def own_folder(tmp_path: Path) -> Path:
+    return tmp_path / "cache" / "resnet-orchestrator-shards"
+
+
 def test_what_another_run_uses_is_not_evicted(remote: DataSet, tmp_path: Path) -> None:
-    other = tmp_path / "cache" / "another-set"
+    other = own_folder(tmp_path) / ("0123456789abcdef")
     other.mkdir(parents=True)
-    (other / "used").write_bytes(bytes(1000))
-    (other / "forgotten").write_bytes(bytes(1000))
-    os.utime(other / "forgotten", (1, 1))
+    (other / "used.tar").write_bytes(bytes(1000))
+    (other / "forgotten.tar").write_bytes(bytes(1000))
+    os.utime(other / "forgotten.tar", (1, 1))
     sizes = shard_bytes(remote)
     cache = ShardCache(remote.storage, remote.digest, tmp_path / "cache", sizes[0] + 1500)
     shards = remote.manifest.splits["train"].shards
     cache.want("train", shards)
     until(lambda: cache.path(shards[0].name).exists())
     cache.close()
-    assert (other / "used").exists()
-    assert not (other / "forgotten").exists()
+    assert (other / "used.tar").exists()
+    assert not (other / "forgotten.tar").exists()
+
+
+def test_two_runs_on_one_set_leave_each_other_what_they_use(remote: DataSet, tmp_path: Path) -> None:
+    shards, sizes = remote.manifest.splits["train"].shards, shard_bytes(remote)
+    budget_bytes = 3 * max(sizes)
+    one, other = (ShardCache(remote.storage, remote.digest, tmp_path / "cache", budget_bytes) for _ in range(2))
+    one.want("train", shards[:2])
+    until(lambda: all(one.path(shard.name).exists() for shard in shards[:2]))
+    other.want("train", shards[4:6])
+    until(lambda: other.path(shards[4].name).exists())
+    time.sleep(0.5)
+    assert all(one.path(shard.name).exists() for shard in shards[:2])
+    one.want("train", shards[2:3])  # now it has let go of its two
+    until(lambda: one.path(shards[2].name).exists())
+    assert other.path(shards[4].name).exists()
+    one.close()
+    other.close()
+
+
+def test_nothing_but_our_copies_is_counted_or_removed(remote: DataSet, tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    theirs = [folder / "thesis" / "results.tar", folder / "a.tar", own_folder(tmp_path) / "notes" / "b.tar"]
+    for path in theirs:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(1 << 20))
+        os.utime(path, (1, 1))
+    cache = ShardCache(remote.storage, remote.digest, folder, sum(shard_bytes(remote)))
+    assert cache.staged_bytes() == 0
+    shards = remote.manifest.splits["train"].shards
+    cache.want("train", shards)
+    until(lambda: all(cache.path(shard.name).exists() for shard in shards))
+    cache.close()
+    assert all(path.stat().st_size == 1 << 20 for path in theirs)
+
+
+def test_an_evicted_copy_gives_its_place_on_the_disk_back(local: DataSet, remote: DataSet, tmp_path: Path) -> None:
+    cache = ShardCache(remote.storage, remote.digest, tmp_path / "cache", None)
+    shards = remote.manifest.splits["train"].shards
+    cache.want("train", shards)
+    until(lambda: all(cache.path(shard.name).exists() for shard in shards))
+    split = remote.split("train", cache.open)
+    split.read(np.arange(NUM_IMAGES))  # opens every copy
+    for shard in shards[:5]:
+        cache.path(shard.name).unlink()
+    assert [image.tobytes() for image in split.read(np.arange(NUM_IMAGES))] == images_of(local, None)
+    links = [str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    assert not [link for link in links if str(tmp_path) in link and "(deleted)" in link]
+    cache.close()
+    split.close()
+
+
+def test_staging_goes_on_without_its_lock(remote: DataSet, tmp_path: Path) -> None:
+    """Cleaners of temporary folders remove what looks old."""
+    cache = ShardCache(remote.storage, remote.digest, tmp_path / "cache", None)
+    shards = remote.manifest.splits["train"].shards
+    cache.want("train", shards[:1])
+    until(lambda: cache.path(shards[0].name).exists())
+    (own_folder(tmp_path) / ".lock").unlink()
+    cache.want("train", shards[1:2])
+    until(lambda: cache.path(shards[1].name).exists())
+    shutil.rmtree(own_folder(tmp_path))
+    cache.want("train", shards[2:3])
+    until(lambda: cache.path(shards[2].name).exists())
+    cache.close()
 
 
 def test_a_damaged_shard_is_told_and_not_kept(
@@ -203,6 +273,18 @@ def test_processes_of_a_node_fetch_each_shard_once(remote: DataSet, s3: S3Server
     assert s3.num_requests() - before <= NUM_SHARDS + 3
 
 
+def test_what_another_process_has_just_staged_is_not_begun_again(remote: DataSet, tmp_path: Path) -> None:
+    """It was not there when this process looked, and is when it has the lock."""
+    cache = ShardCache(remote.storage, remote.digest, tmp_path / "cache", None)
+    shard = remote.manifest.splits["train"].shards[0]
+    cache.want("train", [shard])
+    until(lambda: cache.path(shard.name).exists())
+    cache.close()
+    part = cache.path(shard.name).with_suffix(".tar.part")
+    assert cache._begin(part, shard.nbytes, {}, 0) is None
+    assert not part.exists()
+
+
 def test_what_a_killed_process_was_fetching_is_fetched_again(remote: DataSet, tmp_path: Path) -> None:
     shards = remote.manifest.splits["train"].shards
     cache = ShardCache(remote.storage, remote.digest, tmp_path / "cache", None)
@@ -224,10 +306,22 @@ def test_what_a_killed_process_was_fetching_is_fetched_again(remote: DataSet, tm
     cache.close()
 
 
-def test_an_unusable_folder_is_refused(remote: DataSet, tmp_path: Path) -> None:
+def test_without_a_usable_folder_training_goes_on(
+    remote: DataSet, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"give another placement\.cache_dir"):
-        ShardCache(remote.storage, remote.digest, tmp_path / "file", None)
+    config = TrainConfig(placement=PlacementConfig(cache_dir=str(tmp_path / "file")))
+    with caplog.at_level(logging.WARNING):
+        assert shard_cache(config, remote) is None
+    assert "no shards are staged on this machine" in caplog.text
+    assert shard_cache(TrainConfig(placement=PlacementConfig(cache_gb=0.0)), remote) is None
+
+
+def test_a_copy_that_cannot_be_opened_is_read_from_the_store(local: DataSet, remote: DataSet, tmp_path: Path) -> None:
+    cache = ShardCache(remote.storage, remote.digest, tmp_path / "cache", None)
+    for shard in remote.manifest.splits["train"].shards[:2]:
+        cache.path(shard.name).mkdir()
+    assert images_of(remote, cache) == images_of(local, None)
 
 
 @pytest.mark.parametrize("order", [Order.FULL, Order.WINDOWED])

@@ -75,19 +75,21 @@ def test_preparing_training_and_resuming_in_a_bucket(
 
     # -- gone on with on Ray; the store goes away once it is under way
     second = subprocess.Popen([sys.executable, *job], cwd=ROOT, env=environment, **pipes)  # type: ignore[call-overload]
-    said, has_begun = [], threading.Event()
+    said, has_begun, is_missed = [], threading.Event(), threading.Event()
 
     def listen() -> None:
         for line in second.stdout:
             said.append(line)
             if "going on from the checkpoint" in line:
                 has_begun.set()
-        has_begun.set()
+            if "no answer; waiting" in line:
+                is_missed.set()
 
     listener = threading.Thread(target=listen)
     listener.start()
-    has_begun.wait(200)
+    assert has_begun.wait(200), "".join(said)
     s3.tell("stop")
+    assert is_missed.wait(120), "".join(said)  # nothing ends without a store
     time.sleep(OUTAGE_S)
     s3.tell("start")
     listener.join()
@@ -102,4 +104,4 @@ def test_preparing_training_and_resuming_in_a_bucket(
     assert not any(SECRET.encode() in run.read(name) for name in run.find())
     assert home.sub("runs").find().keys() == {f"remote/{name}" for name in run.find()}  # Ray's folder is gone
     assert run.read("figures/errors.png").startswith(b"\x89PNG")
-    assert any((tmp_path / "cache").glob("*/train__*.tar"))
+    assert any((tmp_path / "cache").glob("*/*/train__*.tar"))

@@ -51,7 +51,7 @@ def test_configs_that_cannot_be(typed: Run, tmp_path: Path, prepared: Path) -> N
     for arguments, saying in (
         (("--batch.global-batch-size", "250"), "no whole number of groups"),
         (("--model.depth", "49"), "49"),
-        (("--input.crop-px", "512"), "crop 512"),
+        (("--input.crop-px", "512"), "input.crop_px 512"),
         (("--schedule.policy", "steps"), "needs schedule.drop_steps"),
         (("--rhythm.log-every-steps", "0"), "rhythm.log_every_steps must be positive"),
         (("--model.family", "plain", "--model.shortcut", "A"), "no option shortcut"),
