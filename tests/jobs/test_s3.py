@@ -17,7 +17,6 @@ import pytest
 from orchestrator.data.shards import DataSet
 from orchestrator.storage import Storage
 from orchestrator.training.run import finished
-from tests.conftest import run_module
 from tests.s3_server import BUCKET, SECRET, S3Server
 from tests.test_remote import OUTAGE_S
 from tests.training.group import options, run_to_end, small_config, weights_digest
@@ -25,7 +24,7 @@ from tests.training.group import options, run_to_end, small_config, weights_dige
 ROOT = Path(__file__).parents[2]
 
 
-def until(condition: Callable[[], bool], timeout_s: float = 120) -> None:
+def until(condition: Callable[[], bool], timeout_s: float = 240) -> None:
     deadline_s = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline_s
@@ -49,10 +48,17 @@ def test_preparing_training_and_resuming_in_a_bucket(
         home.publish(f"archives/{archive.name}", archive.read_bytes())
     s3.tell("fail 20")
 
-    # -- prepared from a bucket to a bucket: the same bytes as on a disk
-    crop = ("--crop", "64", "--num-tasks", "0")
-    done = run_module("data_prep.ilsvrc", f"{home.url}/archives", "--out", f"{home.url}/data", *crop)
-    assert done.returncode == 0, done.stderr
+    # -- prepared from a bucket to a bucket, which goes away meanwhile: the same bytes as on a disk
+    prepare = [sys.executable, "-m", "data_prep.ilsvrc", f"{home.url}/archives", "--out", f"{home.url}/data"]
+    prepare += ["--crop", "64", "--num-tasks", "0"]
+    preparing = subprocess.Popen(prepare, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    until(lambda: preparing.poll() is not None or home.exists("data/.parts/preparation.json"))
+    s3.tell("stop")
+    time.sleep(OUTAGE_S)
+    s3.tell("start")
+    told = preparing.communicate()[1]
+    assert preparing.returncode == 0, told
+    assert "no answer; waiting" in told or OUTAGE_S < 10
     assert DataSet(home.sub("data")).digest == DataSet(Storage(str(prepared))).digest
     assert home.sub("data").find() == Storage(str(prepared)).find()
 
