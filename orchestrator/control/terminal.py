@@ -81,7 +81,7 @@ class Terminal:
             self._live.update(Text(self._line(), style="cyan", no_wrap=True, overflow="ellipsis"))
 
     def _say(self, text: str) -> None:
-        self._console.print(Text(text))
+        self._console.print(Text(text), soft_wrap=self._live is None)  # a log is searched line by line
 
     def _plain(self) -> None:
         self._last_plain_s = time.monotonic()
