@@ -235,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         classes = generate(arguments)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, ValueError) else 1
     for kind in classes:
         print(f"{kind.wnid}  ILSVRC ID {kind.ilsvrc_id:2}  {kind.words}")
     print(f"archives  {Storage(arguments.out).url}")

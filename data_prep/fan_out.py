@@ -7,9 +7,10 @@ import resource
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 from orchestrator.ray_session import ray_session
+from orchestrator.remote import StoreUnreachableError, trust_stores
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -27,7 +28,8 @@ def fan_out(
 
     ``num_tasks``: 0 or 1 for this process, without Ray; None for as many Ray tasks at once as the cluster has CPUs.
     ``beside``: long items of the same kind that mostly wait for their input; they run beside the others, in a thread
-    or as tasks of their own. ValueError and OSError of the function arrive as ValueError with the same message.
+    or as tasks of their own. ValueError and StoreUnreachableError of the function arrive as such; any other OSError,
+    and the loss of a task, as an OSError without errno, whose message is for the user.
     """
     if num_tasks is not None and num_tasks <= 1:
         yield from _in_process(function, items, beside)
@@ -43,25 +45,36 @@ def peak_rss_bytes() -> int:
 
 
 class _Failure:
-    """A message for the user, instead of a result."""
+    """The message of a ValueError, instead of a result."""
 
     def __init__(self, message: str) -> None:
         self.message = message
 
 
-def _guarded(function: Callable[[Item], Result], item: Item) -> tuple[Result | _Failure, int]:
+Outcome: TypeAlias = Result | _Failure | OSError
+
+
+def _guarded(function: Callable[[Item], Result], item: Item) -> tuple[Outcome[Result], int]:
+    # Exceptions of other libraries may not survive the way to another process.
     try:
         return function(item), peak_rss_bytes()
     except ValueError as error:
         return _Failure(str(error)), peak_rss_bytes()
+    except StoreUnreachableError as error:
+        return StoreUnreachableError(str(error)), peak_rss_bytes()
     except OSError as error:
-        return _Failure(f"{type(error).__name__}: {error}"), peak_rss_bytes()
+        return OSError(f"{type(error).__name__}: {error}"), peak_rss_bytes()
+
+
+def _in_task(function: Callable[[Item], Result], item: Item) -> tuple[Outcome[Result], int]:
+    trust_stores()  # the driver has reached them
+    return _guarded(function, item)
 
 
 def _in_process(
     function: Callable[[Item], Result], items: Sequence[Item], beside: Sequence[Item]
 ) -> Iterator[tuple[Item, Result, int]]:
-    finished: queue.Queue[tuple[Item, tuple[Result | _Failure, int] | BaseException]] = queue.Queue()
+    finished: queue.Queue[tuple[Item, tuple[Outcome[Result], int] | BaseException]] = queue.Queue()
 
     def work() -> None:
         for item in beside:
@@ -88,7 +101,7 @@ def _in_ray(
     import ray
 
     # Units are idempotent: Ray may run one again when its machine is lost.
-    task = ray.remote(max_retries=3, num_cpus=1)(_guarded)
+    task = ray.remote(max_retries=3, num_cpus=1)(_in_task)
     running = {task.options(num_cpus=0).remote(function, item): item for item in beside}
     waiting = list(reversed(items))
     while running or waiting:
@@ -103,12 +116,14 @@ def _in_ray(
                 outcome = ray.get(reference)
             except ray.exceptions.RayError as error:
                 reason = str(error).strip().split("\n")[-1]
-                raise ValueError(f"a Ray task failed ({type(error).__name__}: {reason}): run again to go on") from None
+                raise OSError(f"a Ray task failed ({type(error).__name__}: {reason})") from None
             yield _unpacked(item, outcome)
 
 
-def _unpacked(item: Item, outcome: tuple[Result | _Failure, int]) -> tuple[Item, Result, int]:
+def _unpacked(item: Item, outcome: tuple[Outcome[Result], int]) -> tuple[Item, Result, int]:
     result, peak_bytes = outcome
+    if isinstance(result, OSError):
+        raise result
     if isinstance(result, _Failure):
         raise ValueError(result.message)
     return item, result, peak_bytes

@@ -19,7 +19,7 @@ from data_prep.images import MAX_IMAGE_BYTES
 from data_prep.preparation import answered
 from data_prep.sources import File
 from orchestrator.data.shards import PASSED_OVER, UNLABELLED, ClassInfo, OddImage, path_key
-from orchestrator.storage import Storage, sha256_hex
+from orchestrator.storage import FileStat, Storage, sha256_hex
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff")
 SPLITS = ("train", "val", "test")
@@ -36,7 +36,7 @@ class Layout:
     """``splits``: the images of train, val and perhaps test, in the order of the data set.
 
     ``passed_over``: files that are no images of it. ``notes``: what the user should know of it. ``sets_aside``: val was
-    drawn from train.
+    drawn from train. ``modified``: when the file of each image was, in ns since 1970; 0 where its store does not tell.
     """
 
     classes: tuple[ClassInfo, ...]
@@ -44,6 +44,7 @@ class Layout:
     passed_over: tuple[OddImage, ...]
     notes: tuple[str, ...]
     sets_aside: bool
+    modified: Mapping[str, int]
 
     @property
     def content(self) -> dict[str, object]:
@@ -66,9 +67,9 @@ class _Tree:
 
 def read_layout(folder: Storage, *, val_fraction: float | None, seed: int) -> Layout:
     """Raises ValueError, saying what to do, where ``folder`` has neither layout or contradicts itself."""
-    sizes: dict[str, int] = answered(folder, "listed", folder.find)
+    listing: dict[str, FileStat] = answered(folder, "listed", folder.listing)
     # An object store may hold an empty object in the place of a folder.
-    sizes = {name: nbytes for name, nbytes in sizes.items() if name and not name.endswith("/")}
+    sizes = {name: found.nbytes for name, found in listing.items() if name and not name.endswith("/")}
     if not sizes:
         raise ValueError(
             f"no files in {folder.url!r}: give a folder with train/<class>/ and val/<class>/, or one folder a class"
@@ -156,6 +157,7 @@ def read_layout(folder: Storage, *, val_fraction: float | None, seed: int) -> La
         passed_over=tuple(passed_over),
         notes=tuple(notes),
         sets_aside="val" not in trees,
+        modified={file.name: listing[file.name].modified_ns for some in files.values() for file in some},
     )
 
 
@@ -163,9 +165,12 @@ def _split_folders(folder: Storage, top: set[str], sizes: Iterable[str]) -> list
     """Which of train, val, test ``folder`` holds as splits; none where its folders are classes."""
     meant = {_MEANT.get(name.lower(), "") for name in top}
     wrong = sorted(name for name in top if _MEANT.get(name.lower(), name) != name)
-    if {"train", "val"} <= meant and not {"train", "val"} <= top:
+    if wrong and len(meant - {""}) > 1:
         renames = ", ".join(f"{name}/ to {_MEANT[name.lower()]}/" for name in wrong)
-        raise ValueError(f"{folder.url!r} must hold train/ and val/ under these names: rename {renames}")
+        raise ValueError(
+            f"{folder.url!r} must hold train/, val/ and test/ under these names: rename {renames} (or otherwise, if "
+            "these are classes)"
+        )
     if "val" in top and "train" not in top:
         raise ValueError(f"{folder.url!r} has val/ but no train/: add train/<class>/, or rename val/ if it is a class")
     nested = any(name.startswith("train/") and name.count("/") > 1 for name in sizes)

@@ -5,7 +5,8 @@
 ARCHIVES is a folder, or the URL of one in an object store, with the files as image-net.org gives them:
 ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar, ILSVRC2012_devkit_t12.tar.gz and ILSVRC2012_img_test_v10102019.tar (or
 the older ILSVRC2012_img_test.tar). Killed at any moment, the same command goes on where it was, and ends with the same
-bytes. Exit code: 0 finished, 2 refused or failed (nothing is published; the message says what to do), 130 interrupted.
+bytes. Exit code: 0 finished, 1 storage failed (the same command goes on later), 2 something to mend first (the message
+says what), 130 interrupted; nothing is published unless it is 0.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Annotated
 
@@ -23,7 +24,7 @@ from data_prep.archives import Member, check_end, walk
 from data_prep.devkit import Devkit, read_devkit
 from data_prep.official import DEVKIT, TEST, TRAIN, VAL, Md5, checked_source
 from data_prep.parts import Unit, assemble, clean_up
-from data_prep.preparation import Preparation, Report, answered, check_options, command
+from data_prep.preparation import Preparation, Report, answered, check_folder, check_options, command, modified_ns
 from data_prep.sources import InnerTar, Members
 from orchestrator.data.shards import UNDECODABLE, UNLABELLED
 from orchestrator.storage import Storage
@@ -59,6 +60,7 @@ def prepare(arguments: Arguments, *, images_per_unit: int = IMAGES_PER_UNIT) -> 
 
     # -- what there is --------------------------------------------------------------------------------------------
     archives, out = Storage(arguments.archives), Storage(arguments.out)
+    check_folder(archives, "ARCHIVES")
     names = find_archives(archives, with_test=arguments.test)
     sizes = {name: archives.size_bytes(name) for name in names.values()}
     identity = {
@@ -66,33 +68,41 @@ def prepare(arguments: Arguments, *, images_per_unit: int = IMAGES_PER_UNIT) -> 
         "crop": arguments.crop,
         "sources": [{"name": name, "nbytes": nbytes} for name, nbytes in sizes.items()],
     }
-    preparation = Preparation(archives, out, identity, num_tasks=arguments.num_tasks, ray_address=arguments.ray_address)
-    manifest = preparation.finished()
-    if manifest is not None:
-        return preparation.report(manifest, already_finished=True)
-
-    # -- do it ----------------------------------------------------------------------------------------------------
-    devkit = read_devkit(archives, names["devkit"])
-    units = plan(archives, names, sizes, devkit, crop=arguments.crop, images_per_unit=images_per_unit)
-    sums = [Md5(name, nbytes) for name, nbytes in sizes.items()]
-    preparation.work(units, needed_bytes=int(sum(sizes.values()) * 1.1), beside=sums)
-
-    # -- put it together ------------------------------------------------------------------------------------------
-    notes: list[str] = []
-    manifest = assemble(
+    preparation = Preparation(
+        archives,
         out,
-        units,
-        name=arguments.name,
-        classes=devkit.classes,
-        sources=[checked_source(md5, out, notes) for md5 in sums],
-        crop=arguments.crop,
-        max_undecodable=arguments.max_undecodable,
+        identity,
+        modified_ns(archives, sizes),
+        num_tasks=arguments.num_tasks,
+        ray_address=arguments.ray_address,
     )
-    num_train = manifest.splits["train"].count + sum(o.split == "train" and o.what == UNDECODABLE for o in manifest.odd)
-    if devkit.num_train_images not in (None, num_train):
-        notes.append(f"warning: train has {num_train} images where meta.mat counts {devkit.num_train_images}")
-    clean_up(out, manifest.splits)
-    return preparation.report(manifest, notes=notes)
+
+    def do() -> Report:
+        devkit = read_devkit(archives, names["devkit"])
+        units = plan(archives, names, sizes, devkit, crop=arguments.crop, images_per_unit=images_per_unit)
+        units = [replace(unit, version=preparation.version([names[unit.split]])) for unit in units]
+        sums = [Md5(name, nbytes, preparation.version([name])) for name, nbytes in sizes.items()]
+        preparation.work(units, needed_bytes=int(sum(sizes.values()) * 1.1), beside=sums)
+        notes: list[str] = []
+        manifest = assemble(
+            out,
+            units,
+            name=arguments.name,
+            classes=devkit.classes,
+            sources=[checked_source(md5, out, notes) for md5 in sums],
+            crop=arguments.crop,
+            max_undecodable=arguments.max_undecodable,
+            claim=preparation.claim,
+            notes=notes,
+        )
+        undecodable = sum(o.split == "train" and o.what == UNDECODABLE for o in manifest.odd)
+        num_train = manifest.splits["train"].count + undecodable
+        if devkit.num_train_images not in (None, num_train):
+            notes.append(f"warning: train has {num_train} images where meta.mat counts {devkit.num_train_images}")
+        clean_up(out, manifest.splits)
+        return preparation.report(manifest, notes=notes)
+
+    return preparation.carry_out(do)
 
 
 # -- what there is ------------------------------------------------------------------------------------------------

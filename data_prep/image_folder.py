@@ -6,16 +6,17 @@ FOLDER is a folder, or the URL of one in an object store, with train/<class>/ an
 labels), or with one folder a class, of which every tenth image is set aside for validation. Classes are named by their
 folders, and labelled in the order of the sorted names; folders inside a class folder belong to it. Images are kept byte
 by byte, but for those that the training pipeline cannot read and those that --max-side makes smaller. Killed at any
-moment, the same command goes on where it was, and ends with the same bytes. Exit code: 0 finished, 2 refused or failed
-(nothing is published; the message says what to do), 130 interrupted.
+moment, the same command goes on where it was, and ends with the same bytes. Exit code: 0 finished, 1 storage failed
+(the same command goes on later), 2 something to mend first (the message says what), 130 interrupted; nothing is
+published unless it is 0.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import PurePosixPath
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
 from typing import Annotated
 
 import numpy as np
@@ -23,7 +24,7 @@ import tyro
 
 from data_prep.folder_layout import Layout, read_layout
 from data_prep.parts import Unit, assemble, clean_up
-from data_prep.preparation import Preparation, Report, check_options, command
+from data_prep.preparation import Preparation, Report, check_folder, check_options, command
 from data_prep.sources import Files
 from orchestrator.data.shards import UNDECODABLE, DataSet, Manifest, Source
 from orchestrator.storage import Storage
@@ -67,10 +68,8 @@ def prepare(arguments: Arguments) -> Report:
 
     # -- what there is --------------------------------------------------------------------------------------------
     folder, out = Storage(arguments.folder), Storage(arguments.out)
-    if f"{out.url}/".startswith(f"{folder.url}/"):
-        raise ValueError(
-            f"--out {out.url!r} lies inside {folder.url!r}, whose images it would join: give another --out"
-        )
+    check_folder(folder, "FOLDER")
+    _check_apart(folder, out)
     layout = read_layout(folder, val_fraction=arguments.val_fraction, seed=arguments.seed)
     content = layout.content
     source = Source(PurePosixPath(folder.url).name, sum(f.nbytes for files in layout.splits.values() for f in files))
@@ -89,50 +88,76 @@ def prepare(arguments: Arguments) -> Report:
         "crop": arguments.crop,
         "sources": [{"name": source.name, "nbytes": source.nbytes}],
     }
-    preparation = Preparation(folder, out, identity, num_tasks=arguments.num_tasks, ray_address=arguments.ray_address)
-    manifest = preparation.finished()
-    if manifest is not None:
-        notes = (*layout.notes, *_bare_classes(out, manifest))
-        return preparation.report(manifest, already_finished=True, notes=notes)
-
-    # -- do it ----------------------------------------------------------------------------------------------------
-    units = plan(layout, arguments)
-    preparation.work(units, needed_bytes=_needed_bytes(layout, arguments.max_side))
-
-    # -- put it together ------------------------------------------------------------------------------------------
-    manifest = assemble(
+    preparation = Preparation(
+        folder,
         out,
-        units,
-        name=name,
-        classes=layout.classes,
-        sources=[source],
-        crop=arguments.crop,
-        max_undecodable=arguments.max_undecodable,
-        options=options,
-        passed_over=layout.passed_over,
-        max_listed=_MAX_LISTED,
+        identity,
+        layout.modified,
+        num_tasks=arguments.num_tasks,
+        ray_address=arguments.ray_address,
     )
-    clean_up(out, manifest.splits)
-    return preparation.report(manifest, notes=(*layout.notes, *_bare_classes(out, manifest)))
+
+    def do() -> Report:
+        units = [
+            replace(unit, version=preparation.version([file.name for file in files.files]))
+            for unit, files in plan(layout, arguments)
+        ]
+        preparation.work(units, needed_bytes=_needed_bytes(layout, arguments.max_side))
+        notes: list[str] = []
+        manifest = assemble(
+            out,
+            units,
+            name=name,
+            classes=layout.classes,
+            sources=[source],
+            crop=arguments.crop,
+            max_undecodable=arguments.max_undecodable,
+            options=options,
+            passed_over=layout.passed_over,
+            max_listed=_MAX_LISTED,
+            claim=preparation.claim,
+            notes=notes,
+        )
+        clean_up(out, manifest.splits)
+        return preparation.report(manifest, notes=notes)
+
+    report = preparation.carry_out(do)
+    return replace(report, notes=(*layout.notes, *_bare_classes(out, report.manifest), *report.notes))
 
 
-def plan(layout: Layout, arguments: Arguments) -> list[Unit]:
-    """The units of train, val and test, in the order of the data set, whatever works on them."""
+def plan(layout: Layout, arguments: Arguments) -> list[tuple[Unit, Files]]:
+    """The units of train, val and test and their files, in the order of the data set, whatever works on them.
+
+    The names of their shards hold a digest of all that decides over the bytes: those of another choice have others.
+    """
     units = []
     for split, files in layout.splits.items():
         for number, first in enumerate(range(0, len(files), arguments.images_per_shard)):
-            units.append(
-                Unit(
-                    split=split,
-                    stem=f"{split}-{number:05d}",
-                    source=Files(tuple(files[first : first + arguments.images_per_shard])),
-                    crop=arguments.crop if split == "train" else 0,
-                    keep_undecodable=split != "train",
-                    max_side=arguments.max_side,
-                    remarks=True,
-                )
+            source = Files(tuple(files[first : first + arguments.images_per_shard]))
+            unit = Unit(
+                split=split,
+                stem=f"{split}-{number:05d}",
+                source=source,
+                crop=arguments.crop if split == "train" else 0,
+                keep_undecodable=split != "train",
+                max_side=arguments.max_side,
+                remarks=True,
             )
+            units.append((replace(unit, stem=f"{unit.stem}-{unit.key[:8]}"), source))
     return units
+
+
+def _check_apart(folder: Storage, out: Storage) -> None:
+    """Raises ValueError where one lies inside the other, whatever links lead there."""
+    inner, outer = (f"{Path(place.url).resolve() if place.is_local else place.url}/" for place in (out, folder))
+    if inner.startswith(outer):
+        raise ValueError(
+            f"--out {out.url!r} lies inside {folder.url!r}, whose images it would join: give another --out"
+        )
+    if outer.startswith(inner):
+        raise ValueError(
+            f"FOLDER {folder.url!r} lies inside --out {out.url!r}, whose files it would join: give another --out"
+        )
 
 
 def _needed_bytes(layout: Layout, max_side: int | None) -> int:

@@ -42,10 +42,11 @@ class Md5:
 
     archive: str
     nbytes: int
+    version: str  # digest of when it was modified
 
     @property
     def record(self) -> str:
-        return f"{PARTS}/md5-{sha256_hex(f'{self.archive} {self.nbytes}'.encode())[:32]}.json"
+        return f"{PARTS}/md5-{sha256_hex(f'{self.archive} {self.nbytes} {self.version}'.encode())[:32]}.json"
 
     def write(self, source: Storage, out: Storage) -> None:
         digest = hashlib.md5(usedforsecurity=False)

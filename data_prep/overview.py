@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 from rich.table import Table
 
-from data_prep.progress import printable
+from data_prep.progress import listed_names, printable
 from orchestrator.data.shards import Manifest, Split
 
 
@@ -43,9 +43,9 @@ def images_twice(splits: Mapping[str, Split], digests: Mapping[str, np.ndarray])
             within.setdefault(one, []).append(pair + (" under another label" if labels[a] != labels[b] else ""))
     warnings = []
     for (one, other), pairs in across.items():
-        warnings.append(f"leak: images of {other} that are in {one} too: {len(pairs):,} ({_some(pairs)})")
+        warnings.append(f"leak: images of {other} that are in {one} too: {len(pairs):,} ({listed_names(pairs)})")
     for name, pairs in within.items():
-        warnings.append(f"images that are in {name} more than once: {len(pairs):,} ({_some(pairs)})")
+        warnings.append(f"images that are in {name} more than once: {len(pairs):,} ({listed_names(pairs)})")
     return warnings
 
 
@@ -56,8 +56,7 @@ def absent_classes(manifest: Manifest, splits: Mapping[str, Split]) -> list[str]
         counts = _per_class(split, manifest)
         absent = [c.wnid for c in manifest.classes if counts is not None and not counts[c.label]]
         if absent:
-            some = _some([printable(n) for n in absent])
-            warnings.append(f"classes without an image in {name}: {len(absent)} ({some})")
+            warnings.append(f"classes without an image in {name}: {len(absent)} ({listed_names(absent)})")
     return warnings
 
 
@@ -66,10 +65,6 @@ def _per_class(split: Split, manifest: Manifest) -> np.ndarray | None:
     if not len(split) or split.label.min() < 0 or split.label.max() >= len(manifest.classes):
         return None
     return np.bincount(split.label, minlength=len(manifest.classes))
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
 # -- what is shown ------------------------------------------------------------------------------------------------

@@ -2,20 +2,25 @@
 
 While a data set is being prepared its folder also holds::
 
-    .parts/preparation.json       what is being prepared from what: another preparation is refused
+    .parts/preparation.json       created first: what is being prepared from what; another preparation is refused
     .parts/<key>.safetensors      sums over the images of one unit of the training set (PixelSums)
     .parts/<key>.json             published last: the unit's shards are there, whole, and this is in them
 
-The key digests all that a part depends on. A preparation that was killed at any moment finds the parts that are done,
-and does the others again: the same bytes under the same names.
+The key digests all that a part depends on, the times of modification of its files included. A preparation that was
+killed at any moment finds the parts that are done, and does the others again: the same bytes under the same names.
+
+Two at once: the same preparation twice writes the same bytes, and ends once; of two different ones the first to create
+preparation.json goes on. Every shard, record and manifest is published only while preparation.json is what it was.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
@@ -23,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.images import prepare_image
+from data_prep.overview import images_twice
 from data_prep.progress import MAX_LISTED, printable
 from data_prep.sources import ImageSource
 from data_prep.statistics import PixelSums, centre_view, statistics_bytes
@@ -31,6 +37,7 @@ from orchestrator.data.shards import (
     RESIZED,
     UNDECODABLE,
     ClassInfo,
+    DataSet,
     Manifest,
     OddImage,
     ShardInfo,
@@ -45,11 +52,12 @@ PARTS = ".parts"
 PREPARATION = f"{PARTS}/preparation.json"
 STATISTICS = "statistics.safetensors"
 MANIFEST = "manifest.json"
+MANIFEST_SHA256 = "manifest.sha256"  # for sha256sum -c
 SHARD_BYTES = 256 << 20
-
+_DIGEST_BYTES = 16  # of an image, to find those that are there twice
 
 # Part of every key: to be changed with anything that changes the bytes of a shard, an index row or a sum.
-_CODE_VERSION = 2
+_CODE_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,7 @@ class Unit:
     shard_bytes: int = SHARD_BYTES
     max_side: int | None = None  # pixels: larger images are made smaller
     remarks: bool = False  # tell of what is kept as it is but might surprise
+    version: str = ""  # digest of when its files were modified: decides what is done again, and over no byte
 
     @cached_property
     def key(self) -> str:
@@ -86,6 +95,7 @@ class Part:
     num_files: int
     num_resized: int = 0
     sums_sha256: str = ""
+    digests: str = ""  # of the images' bytes: 32 hexadecimal digits a row
 
     @property
     def nbytes(self) -> int:
@@ -95,14 +105,16 @@ class Part:
 # -- one unit -----------------------------------------------------------------------------------------------------
 
 
-def write_part(unit: Unit, storage: Storage, out: Storage) -> Part:
+def write_part(unit: Unit, storage: Storage, out: Storage, claim: bytes | None = None) -> Part:
     """Write shards, sums and at last the record of ``unit``, whose images lie in ``storage``.
 
-    Holds a few images at a time. Raises ValueError where the source is damaged, OSError where storage fails.
+    Holds a few images at a time. ``claim``: see ``check_claim``. Raises ValueError where the source is damaged, OSError
+    where storage fails.
     """
     rows: dict[str, list[Any]] = {name: [] for name in INDEX_SCHEMA.names}
     odd: list[OddImage] = []
     shards: list[ShardInfo] = []
+    digests: list[str] = []
     num_files = num_resized = 0
     sums = PixelSums(unit.crop) if unit.crop else None
     images = unit.source.images(storage)
@@ -136,13 +148,16 @@ def write_part(unit: Unit, storage: Storage, out: Storage) -> Part:
                 rows["label"].append(image.label)
                 rows["decodable"].append(int(prepared.decodable))
                 rows["name"].append(image.name)
+                digests.append(hashlib.blake2b(prepared.data, digest_size=_DIGEST_BYTES).hexdigest())
+            check_claim(out, claim)
         shards.extend(shard.infos)
+    check_claim(out, claim)
     sums_sha256 = ""
     if sums:
         data = sums.to_bytes()
         sums_sha256 = sha256_hex(data)
         out.publish(f"{PARTS}/{unit.key}.safetensors", data)
-    part = Part(tuple(shards), rows, tuple(odd), num_files, num_resized, sums_sha256)
+    part = Part(tuple(shards), rows, tuple(odd), num_files, num_resized, sums_sha256, "".join(digests))
     out.publish(f"{PARTS}/{unit.key}.json", (json.dumps(asdict(part)) + "\n").encode())
     return part
 
@@ -158,6 +173,7 @@ def read_part(unit: Unit, out: Storage) -> Part | None:
             num_files=raw["num_files"],
             num_resized=raw["num_resized"],
             sums_sha256=raw["sums_sha256"],
+            digests=raw["digests"],
         )
         if any(out.size_bytes(shard.name) != shard.nbytes for shard in part.shards):
             return None
@@ -166,6 +182,19 @@ def read_part(unit: Unit, out: Storage) -> Part | None:
     except (FileNotFoundError, KeyError, TypeError, json.JSONDecodeError):
         return None
     return part
+
+
+def check_claim(out: Storage, claim: bytes | None) -> None:
+    """Raises ValueError unless ``claim`` is what preparation.json holds. None: nothing is claimed."""
+    try:
+        if claim is None or out.read(PREPARATION) == claim:
+            return
+    except FileNotFoundError:
+        pass
+    raise ValueError(
+        f"the unfinished preparation at {out.url!r} was deleted or taken over while this one was at work: run again, "
+        "or give another --out"
+    )
 
 
 class _Shards:
@@ -210,12 +239,15 @@ def assemble(
     options: Mapping[str, Any] | None = None,
     passed_over: Sequence[OddImage] = (),
     max_listed: int | None = None,
+    claim: bytes | None = None,
+    notes: list[str] | None = None,
 ) -> Manifest:
     """Index, statistics and at last the manifest, from the parts of ``units`` (in order, all done).
 
     ``max_listed``: of each kind of odd files of a split but the undecodable, the manifest lists so many by name, and
-    counts all; None: it lists all of them and counts none. Raises ValueError, publishing nothing, where more than the
-    fraction ``max_undecodable`` of a split cannot be decoded, or where a part cannot be seen from here.
+    counts all; None: it lists all of them and counts none. Warnings of images that are there twice go to ``notes``.
+    Raises ValueError, publishing nothing, where more than the fraction ``max_undecodable`` of a split cannot be
+    decoded, where a part cannot be seen from here, or where ``claim`` (see ``check_claim``) does not hold any more.
     """
     sums = PixelSums(crop)
     gathered = {split: _gather(out, split, units, sums) for split in dict.fromkeys(unit.split for unit in units)}
@@ -247,15 +279,47 @@ def assemble(
         options=dict(options or {}),
         counted=counted,
     )
-    out.publish(MANIFEST, manifest.to_bytes())
+    check_claim(out, claim)
+    manifest = _publish_manifest(out, manifest)
+    if notes is not None:
+        data_set = DataSet(out)
+        images = {split: data_set.split(split) for split in gathered}
+        digests = {split: found.digests for split, found in gathered.items()}
+        notes += [f"warning: {line}" for line in images_twice(images, digests)]
     return manifest
 
 
+def _publish_manifest(out: Storage, manifest: Manifest) -> Manifest:
+    """Publish ``manifest``, which ends the preparation; returns what is published.
+
+    That is another's where the same preparation, begun twice, has ended before: the same, but for the words in which
+    other versions of libraries tell of damaged images.
+    """
+    data = manifest.to_bytes()
+    out.publish(MANIFEST_SHA256, _sum_line(data))
+    if out.create(MANIFEST, data) or (published := out.read(MANIFEST)) == data:
+        return manifest
+    out.publish(MANIFEST_SHA256, _sum_line(published))
+    theirs = Manifest.from_bytes(published)
+    if any(getattr(theirs, of) != getattr(manifest, of) for of in ("name", "sources", "statistics_crop", "options")):
+        raise ValueError(f"another preparation has been published at {out.url!r} meanwhile: give another --out")
+    return theirs
+
+
+def _sum_line(manifest: bytes) -> bytes:
+    return f"{sha256_hex(manifest)}  {MANIFEST}\n".encode()
+
+
 def clean_up(out: Storage, splits: Iterable[str]) -> None:
-    """Remove what only a preparation under way needs, and what killed ones have left half-written."""
-    out.delete(PARTS)
-    for folder in ("", *splits):
-        out.delete_fragments(folder)
+    """Remove what only a preparation under way needs, and what killed ones have left half-written.
+
+    What cannot be removed now (the same preparation, begun twice, may be at work there) harms nothing: the next run
+    does it.
+    """
+    with suppress(OSError):
+        out.delete(PARTS)
+        for folder in ("", *splits):
+            out.delete_fragments(folder)
 
 
 @dataclass
@@ -265,6 +329,7 @@ class _Gathered:
     shards: list[ShardInfo] = field(default_factory=list)
     columns: dict[str, Any] = field(default_factory=dict)
     odd: list[OddImage] = field(default_factory=list)
+    digests: np.ndarray = field(default_factory=lambda: np.zeros(0, f"S{_DIGEST_BYTES}"))
     num_files: int = 0
     num_resized: int = 0
 
@@ -274,6 +339,7 @@ def _gather(out: Storage, split: str, units: Sequence[Unit], sums: PixelSums) ->
     found = _Gathered()
     names: list[str] = []
     pieces: dict[str, list[np.ndarray]] = {c: [] for c in INDEX_SCHEMA.names if c != "name"}
+    digests = bytearray()
     for unit in units:
         if unit.split != split:
             continue
@@ -287,12 +353,14 @@ def _gather(out: Storage, split: str, units: Sequence[Unit], sums: PixelSums) ->
             dtype = INDEX_SCHEMA.field(column).type.to_pandas_dtype()
             piece.append(np.array(part.rows[column], dtype) + (len(found.shards) if column == "shard" else 0))
         names += part.rows["name"]
+        digests += bytes.fromhex(part.digests)
         found.shards += part.shards
         found.odd += part.odd
         found.num_files += part.num_files
         found.num_resized += part.num_resized
         if part.sums_sha256:
             sums.merge(PixelSums.from_bytes(out.read(f"{PARTS}/{unit.key}.safetensors", part.sums_sha256)))
+    found.digests = np.frombuffer(bytes(digests), f"S{_DIGEST_BYTES}")
     found.columns = {**{c: np.concatenate(piece) for c, piece in pieces.items()}, "name": names}
     return found
 

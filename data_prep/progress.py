@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -83,6 +84,7 @@ def print_summary(
         print(note)
     print(f"data set  {out.url}")
     print(f"digest    {sha256_hex(manifest.to_bytes())}")
+    print(f"check     python -m data_prep.verify {shlex.quote(out.url)}")
     print(f"time      {seconds:.1f} s; largest process {peak_rss_bytes / 2**20:.0f} MiB")
 
 
@@ -125,6 +127,19 @@ def _listed(odd: Sequence[OddImage], total: int) -> list[str]:
 def in_order(splits: Iterable[str]) -> list[str]:
     """train, val, others."""
     return sorted(splits, key=lambda name: ("train" not in name, "val" not in name, name))
+
+
+def listed_names(names: Sequence[str]) -> str:
+    """The first three of ``names``, for a message."""
+    return ", ".join(map(printable, names[:3])) + (", …" if len(names) > 3 else "")
+
+
+def size_text(nbytes: int) -> str:
+    """``nbytes`` in a unit that leaves digits to compare."""
+    for unit, unit_bytes in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if nbytes >= unit_bytes:
+            return f"{nbytes / unit_bytes:.1f} {unit}"
+    return f"{nbytes} bytes"
 
 
 def printable(name: str) -> str:

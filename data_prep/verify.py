@@ -2,11 +2,11 @@
 
     python -m data_prep.verify /data/ilsvrc2012
 
-Checks the manifest, the indexes, the statistics, every shard (size, SHA-256, members against the index, labels) and
-every image (size in pixels, decoded to its end). Prints a table of counts, classes and sizes, warns of images that are
-there twice, and draws image sizes and class balance. Writes nothing to the data set. Exit code: 0 all is well, 1
-damaged (what is, and what to do, is said), 2 nothing could be checked (wrong option or URL, no data set, storage away),
-130 interrupted.
+Checks the manifest (against manifest.sha256), the indexes, the statistics, every shard (size, SHA-256, members against
+the index, labels) and every image (size in pixels, decoded to its end). Prints a table of counts, classes and sizes,
+warns of images that are there twice and of files that do not belong there, and draws image sizes and class balance.
+Writes nothing to the data set. Exit code: 0 all is well, 1 damaged (what is, and what to do, is said), 2 nothing could
+be checked (wrong option or URL, no data set, storage away), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from rich.console import Console
 
 from data_prep.fan_out import fan_out
 from data_prep.overview import absent_classes, figure_of, images_twice, table_of
-from data_prep.parts import MANIFEST, PREPARATION
-from data_prep.preparation import answered, tasks_for
-from data_prep.progress import Progress, in_order, odd_lines
+from data_prep.parts import MANIFEST, MANIFEST_SHA256, PREPARATION
+from data_prep.preparation import answered, io_text, tasks_for
+from data_prep.progress import Progress, in_order, listed_names, odd_lines
 from data_prep.shard_check import DIGEST_BYTES, Expected, Rows, ShardCheck
 from orchestrator.data.shards import UNDECODABLE, UNLABELLED, DataSet, Manifest, Split
+from orchestrator.remote import stop_waiting
 from orchestrator.storage import DigestError, Storage
 
 _MAX_NAMED = 20
@@ -53,6 +54,7 @@ class Verification:
     """What was found. ``problems``: one line each, of ``num_problems``. ``splits``: those whose index can be read."""
 
     manifest: Manifest | None = None
+    digest: str = ""  # of the manifest
     splits: dict[str, Split] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     num_problems: int = 0
@@ -76,7 +78,9 @@ def verify(storage: Storage, *, num_tasks: int | None = None, ray_address: str |
     except ValueError as error:
         found.problem(f"{MANIFEST}: {error}")
         return found
-    found.manifest = manifest = data_set.manifest
+    found.manifest, found.digest = data_set.manifest, data_set.digest
+    manifest = found.manifest
+    _check_digest(storage, found)
     _check_manifest(manifest, found)
     for name in in_order(manifest.splits):
         try:
@@ -105,13 +109,46 @@ def verify(storage: Storage, *, num_tasks: int | None = None, ray_address: str |
         found.problems += by_shard[shard.split, shard.info.name]
     found.warnings += images_twice(found.splits, digests)
     found.warnings += absent_classes(manifest, found.splits)
+    _look_for_strangers(storage, manifest, found.warnings)
     return found
 
 
 # -- what the small files say -------------------------------------------------------------------------------------
 
 
+def _check_digest(storage: Storage, found: Verification) -> None:
+    """That nothing has changed in the manifest, most of which nothing else would tell."""
+    try:
+        published = storage.read(MANIFEST_SHA256).decode(errors="replace").split()
+    except FileNotFoundError:
+        warnings = found.warnings
+        warnings.append(
+            f"there is no {MANIFEST_SHA256} (the preparation was older than such files): compare the digest with "
+            "the one that the preparation printed"
+        )
+        return
+    if published[:1] != [found.digest]:
+        found.problem(f"{MANIFEST} is not what was published: its SHA-256 is not the one in {MANIFEST_SHA256}")
+
+
+def _look_for_strangers(storage: Storage, manifest: Manifest, warnings: list[str]) -> None:
+    """Warns of files that are no part of the data set."""
+    named = {MANIFEST, MANIFEST_SHA256, manifest.statistics}
+    for info in manifest.splits.values():
+        named |= {info.index, *(shard.name for shard in info.shards)}
+    try:
+        unnamed = [name for name in storage.find() if name not in named]
+    except (ValueError, OSError) as error:  # a link to nothing, a folder of another user
+        warnings.append(f"strangers among the files cannot be looked for ({error})")
+        return
+    if unnamed:
+        warnings.append(f"files that the manifest does not name: {len(unnamed)} ({listed_names(unnamed)})")
+
+
 def _check_manifest(manifest: Manifest, found: Verification) -> None:
+    absent = [name for name in ("train", "val") if name not in manifest.splits]
+    if absent:
+        found.problem(f"{MANIFEST}: lacks {' and '.join(absent)}; its splits are {listed_names(list(manifest.splits))}")
     if [c.label for c in manifest.classes] != list(range(len(manifest.classes))):
         found.problem(f"{MANIFEST}: the labels of its classes are not 0 to {len(manifest.classes) - 1}")
     for name, info in manifest.splits.items():
@@ -188,10 +225,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if found.manifest is not None and found.splits and figure is not None:
             figure[0].publish(figure[1], figure_of(found.manifest, found.splits))
     except (ValueError, OSError) as error:
-        message = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        message = str(error) if isinstance(error, ValueError) else io_text(error)
         print(f"error: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        stop_waiting()
         print("interrupted: the data set is as it was", file=sys.stderr)
         return 130
     if found.manifest is not None:
@@ -205,6 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(line)
         if figure is not None and found.splits:
             print(f"figure {arguments.figure}")
+        print(f"digest {found.digest}")
     for line in found.warnings:
         print(f"warning: {line}")
     if not found.num_problems:

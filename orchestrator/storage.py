@@ -13,11 +13,13 @@ import io
 import os
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, TypeVar, cast
+from typing import IO, Any, NamedTuple, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import fsspec
@@ -33,6 +35,13 @@ _PROCESS_LOCAL = {"memory"}
 
 class DigestError(OSError):
     """Bytes in storage are not those that were published."""
+
+
+class FileStat(NamedTuple):
+    """Size in bytes; time of modification in ns since 1970, 0 where the store does not tell."""
+
+    nbytes: int
+    modified_ns: int
 
 
 def sha256_hex(data: bytes | memoryview) -> str:
@@ -155,53 +164,55 @@ class Storage:
 
     def sizes_bytes(self, name: str = "") -> dict[str, int]:
         """Size of every file directly in sub-folder ``name``, by its name relative to this storage; one listing."""
-        return {n: int(entry["size"]) for n, entry in self._entries(name).items() if entry["type"] == "file"}
+        return {n: size for n, size in self._entries(name).items() if size is not None}
 
     def folders(self, name: str) -> list[str]:
         """Names of the folders directly in sub-folder ``name``, sorted, relative to this storage."""
-        return sorted(n for n, entry in self._entries(name).items() if entry["type"] == "directory")
+        return sorted(n for n, size in self._entries(name).items() if size is None)
 
-    def _entries(self, name: str) -> dict[str, dict[str, Any]]:
+    def _entries(self, name: str) -> dict[str, int | None]:
+        """What is directly in sub-folder ``name``: bytes of each file, None for a folder. Links are followed."""
         path, prefix = (self.path(name), f"{name}/") if name else (self.root, "")
+        found: dict[str, int | None] = {}
+        if self.is_local:
+            with suppress(FileNotFoundError, NotADirectoryError), os.scandir(path) as listing:
+                for each in listing:
+                    with suppress(FileNotFoundError):  # removed since, or a link to nothing
+                        if each.is_dir():
+                            found[prefix + each.name] = None
+                        elif each.is_file():
+                            found[prefix + each.name] = each.stat().st_size
+            return found
         self.fs.invalidate_cache(path)  # another process may have written since
         try:
             entries = self._call(name, lambda: cast(list[dict[str, Any]], self.fs.ls(path, detail=True)))
         except (FileNotFoundError, NotADirectoryError):
             return {}
-        # Some stores list a folder's own marker in the folder.
-        return {prefix + PurePosixPath(e["name"]).name: e for e in entries if e["name"].rstrip("/") != path.rstrip("/")}
+        for entry in entries:
+            if entry["name"].rstrip("/") != path.rstrip("/"):  # some stores list a folder's own marker in it
+                is_folder = entry["type"] == "directory"
+                found[prefix + PurePosixPath(entry["name"]).name] = None if is_folder else int(entry["size"])
+        return found
 
     def find(self) -> dict[str, int]:
         """Size in bytes of every file at any depth, by its name relative to this storage, sorted; {} if there is none.
 
-        Hidden files and folders (``.DS_Store``, ``.parts``) are passed over. Links are followed. Raises OSError for a
-        folder that may not be read, ValueError for a link to nothing: leaving either out would lose files in silence.
+        Hidden files and folders (``.DS_Store``, ``.parts``) are passed over. Links are followed, but for those to a
+        folder that holds them. Raises OSError for a folder that may not be read, ValueError for a link to nothing:
+        leaving either out would lose files in silence.
         """
+        return {name: found.nbytes for name, found in self.listing().items()}
 
-        def fail(error: OSError) -> None:
-            if not isinstance(error, FileNotFoundError | NotADirectoryError):
-                raise error
-
+    def listing(self) -> dict[str, FileStat]:
+        """As ``find``, with the times of modification."""
         if self.is_local:
-            found: dict[str, int] = {}
-            walked: set[str] = set()
-            for folder, folders, names in os.walk(self.root, followlinks=True, onerror=fail):
-                if (real := os.path.realpath(folder)) in walked:  # a link to a folder that holds it
-                    folders.clear()
-                    continue
-                walked.add(real)
-                folders[:] = sorted(n for n in folders if not n.startswith("."))
-                for name in names:
-                    path = Path(folder, name)
-                    if path.is_symlink() and not path.exists():
-                        raise ValueError(f"{path} is a link to nothing: mend or remove it")
-                    if not name.startswith(".") and path.is_file():
-                        found[path.relative_to(self.root).as_posix()] = path.stat().st_size
-            return dict(sorted(found.items()))
+            walked = dict[str, FileStat]()
+            _walk(self.root, "", (), walked)
+            return dict(sorted(walked.items()))
         self.fs.invalidate_cache(self.root)
         entries = self._call("", lambda: cast(dict[str, Any], self.fs.find(self.root, detail=True)))
-        sizes = {path[len(self.root) + 1 :]: int(entry["size"]) for path, entry in entries.items()}
-        return {n: size for n, size in sorted(sizes.items()) if not any(p.startswith(".") for p in n.split("/"))}
+        found = {path[len(self.root) + 1 :]: _stat(entry) for path, entry in entries.items()}
+        return {n: stat for n, stat in sorted(found.items()) if not any(p.startswith(".") for p in n.split("/"))}
 
     # -- writing ------------------------------------------------------------------------------------------------
 
@@ -261,7 +272,15 @@ class Storage:
                 stream.write(data)
                 stream.flush()
                 os.fsync(stream.fileno())
-            os.link(temporary, target)
+            try:
+                os.link(temporary, target)
+            except OSError as error:
+                if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+                    raise
+                # A disk without hard links (exFAT, some network mounts): exclusive too, but not whole at once.
+                with open(target, "xb") as stream:
+                    stream.write(data)
+                    os.fsync(stream.fileno())
         except FileExistsError:
             return False
         finally:
@@ -284,12 +303,16 @@ class Storage:
     def delete_fragments(self, name: str = "") -> None:
         """Remove what killed writers have left half-written in sub-folder ``name``; no writer may be at work there.
 
-        On an object store there are none to see: what a killed upload has sent goes by the bucket's lifecycle rule, if
-        it has one for incomplete multipart uploads.
+        On an object store these are the probes of ``check_writable`` alone: what a killed upload has sent goes by the
+        bucket's lifecycle rule, if it has one for incomplete multipart uploads.
         """
         if self.is_local:
             for fragment in Path(self.path(name) if name else self.root).glob(".tmp-*"):
                 fragment.unlink(missing_ok=True)
+            return
+        for probe in self.sizes_bytes(name):
+            if PurePosixPath(probe).name.startswith(_PROBE):
+                self.delete(probe)
 
     def free_bytes(self) -> int | None:
         """Free space in bytes where the storage is a local disk, else None."""
@@ -304,7 +327,7 @@ class Storage:
         """Write, read back and delete a small file. Raises ValueError, saying what to do, where that fails, and
         StoreUnreachableError where the store is away.
         """
-        probe = f".probe-{secrets.token_hex(8)}"
+        probe = f"{_PROBE}{secrets.token_hex(8)}"
         try:
             self.publish(probe, b"probe")
             if self.read(probe) != b"probe":
@@ -316,6 +339,9 @@ class Storage:
             hint = ": check that it exists, and its permissions" if self.is_local else ""
             raise ValueError(f"storage {self.url!r} cannot be written ({error}){hint}") from None
 
+
+# Hidden from listings, and a fragment: a kill may leave it behind.
+_PROBE = ".tmp-probe-"
 
 # One a store and process, whatever folders of it are in use.
 _LINES: WeakKeyDictionary[Any, Line] = WeakKeyDictionary()
@@ -335,6 +361,38 @@ def _open(url: str) -> tuple[Any, str]:
     fs, root = fsspec.core.url_to_fs(url, use_listings_cache=False, config_kwargs=config)
     fs.retries = 1
     return fs, root
+
+
+def _walk(folder: str, prefix: str, above: tuple[str, ...], found: dict[str, FileStat]) -> None:
+    """Adds the files below ``folder``; ``above``: the real paths of the folders that hold it."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    try:
+        entries = list(os.scandir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        try:
+            status = entry.stat()
+        except OSError as error:
+            if entry.is_symlink() and error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                raise ValueError(f"{entry.path} is a link to nothing: mend or remove it") from None
+            if isinstance(error, FileNotFoundError):  # removed since
+                continue
+            raise
+        if stat.S_ISDIR(status.st_mode):
+            _walk(entry.path, f"{prefix}{entry.name}/", (*above, real), found)
+        elif stat.S_ISREG(status.st_mode):
+            found[prefix + entry.name] = FileStat(status.st_size, status.st_mtime_ns)
+
+
+def _stat(entry: dict[str, Any]) -> FileStat:
+    """Of an object; S3 tells the time."""
+    modified = entry.get("LastModified")
+    return FileStat(int(entry["size"]), int(modified.timestamp() * 1e9) if isinstance(modified, datetime) else 0)
 
 
 class _RangeReader(io.RawIOBase):

@@ -182,6 +182,79 @@ def test_find_follows_links_once_and_refuses_those_to_nothing(tmp_path: Path) ->
         storage.find()
 
 
+def test_find_goes_behind_every_link_but_those_in_a_circle(tmp_path: Path) -> None:
+    pool, storage = Storage(str(tmp_path / "pool")), Storage(str(tmp_path / "a"))
+    pool.publish("cat/deep/1", b"1")
+    for name in ("train", "val"):
+        storage.publish(f"{name}/own", b"")
+        (tmp_path / "a" / name / "cat").symlink_to(tmp_path / "pool" / "cat")
+    (tmp_path / "pool" / "cat" / "deep" / "up").symlink_to(tmp_path / "pool")
+    (tmp_path / "a" / "val" / "sibling").symlink_to(tmp_path / "a" / "train")
+    names = ["train/cat/deep/1", "train/own", "val/cat/deep/1", "val/own", "val/sibling/cat/deep/1"]
+    found = [name for name in storage.find() if "/up/" not in name]
+    assert found == [*names, "val/sibling/own"]
+    assert not [name for name in storage.find() if name.count("/up/") > 1]
+    assert storage.folders("train") == ["train/cat"]
+    (tmp_path / "a" / "itself").symlink_to(tmp_path / "a" / "itself")
+    with pytest.raises(ValueError, match="itself is a link to nothing"):
+        storage.find()
+
+
+def test_a_listing_tells_when_files_were_modified(tmp_path: Path) -> None:
+    Storage(str(tmp_path)).publish("a/x", b"123")
+    os.utime(tmp_path / "a" / "x", ns=(1, 10**18 + 1))
+    assert Storage(str(tmp_path)).listing() == {"a/x": (3, 10**18 + 1)}
+
+
+def test_a_listing_of_s3_tells_when_objects_were_modified(s3: object, tmp_path: Path) -> None:
+    storage = Storage(f"s3://{BUCKET}/{tmp_path.name}")
+    storage.publish("a/x", b"123")
+    (found,) = storage.listing().values()
+    assert found.nbytes == 3
+    assert abs(found.modified_ns / 1e9 - time.time()) < 60
+
+
+def test_probes_of_killed_processes_can_be_removed(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    def die(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    storage.publish("a/x", b"")
+    with monkeypatch.context() as patched:
+        patched.setattr(Storage, "delete", die)
+        for folder in (storage, storage.sub("a")):
+            with pytest.raises(KeyboardInterrupt):
+                folder.check_writable()
+    assert storage.files() == []
+    assert (len(storage.sizes_bytes()), len(storage.sizes_bytes("a"))) == (1, 2)
+    storage.delete_fragments()
+    storage.delete_fragments("a")
+    assert (storage.sizes_bytes(), storage.sizes_bytes("a")) == ({}, {"a/x": 0})
+
+
+def test_links_are_what_they_lead_to(tmp_path: Path) -> None:
+    """People link archives of 140 GB to where they want them."""
+    storage = Storage(str(tmp_path / "a"))
+    storage.publish("there/x.tar", b"123")
+    (tmp_path / "a" / "y.tar").symlink_to(tmp_path / "a" / "there" / "x.tar")
+    (tmp_path / "a" / "linked").symlink_to(tmp_path / "a" / "there")
+    (tmp_path / "a" / "nothing").symlink_to(tmp_path / "a" / "gone")
+    assert storage.sizes_bytes() == {"y.tar": 3}
+    assert storage.files("linked") == ["linked/x.tar"]
+    assert storage.size_bytes("y.tar") == 3
+
+
+def test_creation_is_exclusive_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*paths: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    storage = Storage(str(tmp_path))
+    assert storage.create("x", b"first")
+    assert not storage.create("x", b"second")
+    assert storage.read("x") == b"first"
+    assert storage.files() == ["x"]
+
+
 @pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/passwd", "", ".."])
 def test_names_stay_inside(storage: Storage, name: str) -> None:
     for act in (storage.path, storage.read, storage.sub, storage.delete, lambda n: storage.publish(n, b"")):

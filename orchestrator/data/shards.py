@@ -3,6 +3,7 @@
 A data set is a folder in storage::
 
     manifest.json             published last: a folder without it is unfinished
+    manifest.sha256           its SHA-256, as `sha256sum -c` reads it
     train/<shard>.tar …       WebDataset-compatible: <key>.jpg and, where labelled, <key>.cls (the label in digits)
     train.arrow …             one row an image (``INDEX_SCHEMA``), so that any image is one ranged read away
     statistics.safetensors    mean_image [3, S, S] float32, channel_mean [3] float64, covariance, eigenvalues,

@@ -16,11 +16,14 @@ import contextlib, functools, importlib, json, os, signal, sys
 from orchestrator.storage import Storage
 
 module, options, arguments, where, name, nth, sent = map(json.loads, sys.argv[1:])
-publishing, seen = Storage.publishing, []
+publishing, create, link, seen = Storage.publishing, Storage.create, os.link, []
+
+def is_mine(published):
+    return name in published and not seen.append(published) and len(seen) == nth
 
 @contextlib.contextmanager
 def ending(self, published):
-    mine = name in published and not seen.append(published) and len(seen) == nth
+    mine = is_mine(published)
     with publishing(self, published) as stream:
         yield stream
         if mine and where == "inside":
@@ -29,7 +32,19 @@ def ending(self, published):
     if mine and where == "after":
         os.kill(os.getpid(), getattr(signal, sent))
 
-Storage.publishing = ending
+def ending_create(self, published, data):
+    mine = is_mine(published)
+    def ending_link(*arguments):
+        if mine and where == "inside":
+            os.kill(os.getpid(), getattr(signal, sent))
+        link(*arguments)
+    os.link = ending_link
+    created = create(self, published, data)
+    if mine and where == "after":
+        os.kill(os.getpid(), getattr(signal, sent))
+    return created
+
+Storage.publishing, Storage.create = ending, ending_create
 module = importlib.import_module(module)
 module.prepare = functools.partial(module.prepare, **options)
 sys.exit(module.main(arguments))

@@ -158,7 +158,9 @@ def test_nothing_else_is_left_behind(prepared: Any) -> None:
     manifest = prepared.report.manifest
     shards = [shard.name for info in manifest.splits.values() for shard in info.shards]
     indexes = [info.index for info in manifest.splits.values()]
-    assert sorted(prepared.tree) == sorted([*shards, *indexes, "manifest.json", "statistics.safetensors"])
+    assert sorted(prepared.tree) == sorted(
+        [*shards, *indexes, "manifest.json", "manifest.sha256", "statistics.safetensors"]
+    )
 
 
 def test_odd_images_are_found(prepared: Any) -> None:
@@ -489,8 +491,13 @@ def test_without_a_test_set(own_archives: Path, tmp_path: Path) -> None:
 # -- bad input ------------------------------------------------------------------------------------------------------
 
 
+def _no_folder(archives: Path) -> None:
+    shutil.rmtree(archives)
+
+
 def _nothing_there(archives: Path) -> None:
     shutil.rmtree(archives)
+    archives.mkdir()
 
 
 def _no_val(archives: Path) -> None:
@@ -617,6 +624,7 @@ def _half_a_devkit(archives: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
+        (_no_folder, r"there is no folder .*archives': check ARCHIVES$"),
         (_nothing_there, r"missing in .*train.tar, .*val.tar, .*found: none of the archives"),
         (_no_val, rf"missing in .*: {VAL}; found: {TRAIN}, {TEST}, {DEVKIT}$"),
         (_no_test, r"missing .*ILSVRC2012_img_test\*.tar; .*--no-test"),
@@ -701,7 +709,8 @@ def test_a_full_disk_is_foreseen(
     monkeypatch.setattr(Storage, "free_bytes", lambda self: needed_bytes - 1)
     command = [str(archives), "--out", str(tmp_path / "o"), "--crop", "32"]
     assert main(command) == 2
-    assert "GB free" in capsys.readouterr().err
+    size = rf"{needed_bytes / 1000:.1f} kB"
+    assert re.search(rf"has {size} free, {size} are needed", capsys.readouterr().err)
     assert not list((tmp_path / "o").glob("*/*.tar"))
     monkeypatch.setattr(Storage, "free_bytes", lambda self: needed_bytes)
     assert main(command) == 0
@@ -736,7 +745,9 @@ def test_a_damaged_finished_data_set(prepared: Any, tmp_path: Path, capsys: pyte
     out = Path(shutil.copytree(prepared.out, tmp_path / "o"))
     next((out / "val").iterdir()).unlink()
     assert main([str(prepared.archives), "--out", str(out), "--crop", "32"]) == 2
-    assert "is missing: prepare the data set again" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert re.search(r"holds a damaged data set \(.* is missing\): delete that folder and run again, or give", message)
+    assert "prepare the data set again" not in message
 
 
 @pytest.mark.parametrize(
@@ -773,6 +784,21 @@ def test_official_sums(
         assert [s.name for s in sources if s.official] == ([VAL] if genuine else [])
 
 
+def test_an_archive_replaced_before_the_end(own_archives: Path, tmp_path: Path, tree: Callable) -> None:
+    """A good copy in the place of a damaged one, say: of the same size."""
+    val, out = own_archives / VAL, tmp_path / "o"
+    good = val.read_bytes()
+    bad = bytearray(good)
+    for image in files_of(val).values():
+        bad[good.index(image) + 2 : good.index(image) + len(image)] = bytes(len(image) - 2)
+    val.write_bytes(bad)
+    assert main([str(own_archives), "--out", str(out), "--crop", "32"]) == 2  # too many undecodable images
+    val.write_bytes(good)
+    prepare(Arguments(archives=str(own_archives), out=str(tmp_path / "other"), crop=32))
+    prepare(Arguments(archives=str(own_archives), out=str(out), crop=32))
+    assert tree(out) == tree(tmp_path / "other")
+
+
 def test_the_summary(own_archives: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main([str(own_archives), "--out", str(tmp_path / "o"), "--crop", "32"]) == 0
     printed = capsys.readouterr().out
@@ -783,6 +809,7 @@ def test_the_summary(own_archives: Path, tmp_path: Path, capsys: pytest.CaptureF
         "test           7",
         "4 classes",
         digest,
+        f"check     python -m data_prep.verify {tmp_path}/o\n",
         str(tmp_path),
     ):
         assert piece in printed
@@ -804,7 +831,7 @@ def test_fan_out_in_this_process() -> None:
     assert sorted((item, result) for item, result, _ in results) == [(1, 1.0), (2, 0.5), (4, 0.25), (5, 0.2)]
     assert all(10 << 20 < peak_bytes < 100 << 30 for _, _, peak_bytes in results)
     for items, beside in (([1, 0], []), ([1], [0])):
-        with pytest.raises(ValueError, match="OSError: division by zero"):
+        with pytest.raises(OSError, match=r"^OSError: division by zero$"):
             list(fan_out(_reciprocal, items, beside=beside, num_tasks=1))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -19,17 +20,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep import image_folder
+from data_prep import image_folder, preparation
 from data_prep.folder_layout import read_layout
 from data_prep.image_folder import Arguments, main, prepare
 from data_prep.images import prepare_image
 from data_prep.progress import odd_lines
+from data_prep.verify import verify
 from orchestrator.config import CropStyle
 from orchestrator.data.decoder import DecodeSettings
 from orchestrator.data.pipeline import EvalInput, Mean, TrainInput
 from orchestrator.data.sampling import SampleStream
 from orchestrator.data.shards import UNLABELLED, DataSet
 from orchestrator.data.views import ColourAxes, TestView, TrainView
+from orchestrator.remote import StoreUnreachableError
 from orchestrator.storage import Storage
 from tests import object_store
 from tests.data_prep.ending import run_ending
@@ -323,6 +326,136 @@ def test_a_file_that_changes_meanwhile(tmp_path: Path, monkeypatch: pytest.Monke
     assert not (tmp_path / "o" / "manifest.json").exists()
 
 
+def of_equal_size(path: Path, seed: int) -> bytes:
+    """Another image, of as many bytes as the file at ``path`` has; writes it there, with another time."""
+    size, time_ns = path.stat().st_size, path.stat().st_mtime_ns
+    data = encoded(seed, size=(20, 15)).ljust(size, b"\0")
+    assert len(data) == size
+    path.write_bytes(data)
+    os.utime(path, ns=(time_ns - 10**9, time_ns - 10**9))  # older: a copy, say
+    return data
+
+
+def test_a_file_replaced_before_the_end(prepared: Prepared, tmp_path: Path) -> None:
+    """Of the same size, after its shard was written: that one is written again, the others are not."""
+    folder, out = Path(shutil.copytree(prepared.folder, tmp_path / "animals")), tmp_path / "o"
+    arguments = [str(folder), "--out", str(out), *COMMON, "--images-per-shard", "5"]
+    ended = run_ending("data_prep.image_folder", arguments, "after", "train.arrow", 1)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    inodes = {p.name: p.stat().st_ino for p in out.glob("*/*.tar")}
+    data = of_equal_size(folder / "train/cat/3.jpg", 999)
+    assert main(arguments) == 0
+    assert content(data_set(out), "train")["train/cat/3.jpg"] == (data, "cat")
+    assert sum(p.stat().st_ino != inodes[p.name] for p in out.glob("*/*.tar")) == 1
+    assert verify(Storage(str(out)), num_tasks=0).problems == []
+
+
+def test_a_file_replaced_while_others_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    folder, written = write(tmp_path / "f", flat({"a": 4, "b": 4})), list[str]()
+    write_part = preparation.write_part
+
+    def replacing(unit: Any, *arguments: Any) -> Any:
+        part = write_part(unit, *arguments)
+        if not written:
+            of_equal_size(folder / unit.source.files[0].name, 999)
+        written.append(unit.stem)
+        return part
+
+    monkeypatch.setattr(preparation, "write_part", replacing)
+    arguments = [str(folder), "--out", str(tmp_path / "o"), *COMMON, "--images-per-shard", "2"]
+    assert main(arguments) == 2
+    message = r"files of '.*' were changed while they were read: 1 \([ab]/\d.jpg\): when nothing writes .*, run again\n"
+    assert re.search(message, capsys.readouterr().err)
+    done = len(written)
+    assert main(arguments) == 0
+    assert written[done:] == [written[0]]
+
+
+def test_a_finished_data_set_tells_of_newer_files(
+    prepared: Prepared, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder, out = tmp_path / "animals", tmp_path / "o"
+    shutil.copytree(prepared.folder, folder)
+    shutil.copytree(prepared.out, out)
+    os.utime(folder / "val/ant/1.jpg", (2**32, 2**32))
+    assert main([str(folder), "--out", str(out), *COMMON, "--images-per-shard", "5"]) == 0
+    printed = capsys.readouterr().out
+    assert "already finished" in printed
+    message = r"warning: files of '.*animals' are newer than the data set: 1 \(val/ant/1.jpg\): .* into a new --out\n"
+    assert re.search(message, printed)
+
+
+def test_leaks_are_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    prepared_from(tmp_path, {**TREE, "val/cat/leak.jpg": TREE["train/cat/3.jpg"]})
+    line = "warning: leak: images of val that are in train too: 1 (train/cat/3.jpg = val/cat/leak.jpg)\n"
+    assert line in capsys.readouterr().out
+
+
+def test_classes_behind_links(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    pool = write(tmp_path / "pool", flat({"a": 4, "b": 4, "c": 4}))
+    folder = write(tmp_path / "f", {"train/own/1.jpg": encoded(900), "val/own/1.jpg": encoded(901)})
+    for split, classes in (("train", "abc"), ("val", "ab")):
+        for name in classes:
+            (folder / split / name).symlink_to(pool / name)
+    (folder / "val" / "again").symlink_to(pool / "a")
+    (folder / "train" / "again").symlink_to(pool / "a")
+    assert main([str(folder), "--out", str(tmp_path / "o"), *COMMON]) == 0
+    splits = data_set(tmp_path / "o").manifest.splits
+    assert {name: info.count for name, info in splits.items()} == {"train": 17, "val": 13}
+    (tmp_path / "nothing").mkdir()
+    (folder / "train" / "empty").symlink_to(tmp_path / "nothing")
+    assert main([str(folder), "--out", str(tmp_path / "o2"), *COMMON]) == 2
+    assert re.search(r"class folders without images in .*: 1 \(empty\)", capsys.readouterr().err)
+
+
+# -- storage that fails ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            2,
+            r"no space is left in '\S*/o' of \S+ \(No space left on device\): make room there, then the same command",
+        ),
+        (OSError(errno.EIO, "Input/output error"), 1, r"OSError: \[Errno 5\] Input/output error: run again to go on"),
+        (StoreUnreachableError("s3://b: no answer for 300 s: the same command goes on later"), 1, "s3://b: .*later"),
+        (ValueError("mend it"), 2, "mend it"),
+    ],
+)
+@pytest.mark.parametrize("place", ["a unit", "the end"])
+def test_what_fails_under_way(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    error: Exception,
+    code: int,
+    message: str,
+    place: str,
+) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(*((preparation, "write_part") if place == "a unit" else (image_folder, "assemble")), fail)
+    assert main([str(folder), "--out", str(tmp_path / "o"), *COMMON]) == code
+    captured = capsys.readouterr().err
+    assert re.fullmatch(rf"error: {message}[^\n]*\n", captured), captured
+    assert captured.count("goes on") + captured.count("go on") <= 1
+
+
+def test_a_killed_probe_does_not_stay(folder: Path, tmp_path: Path, tree: Callable, prepared: Prepared) -> None:
+    out = tmp_path / "o"
+    arguments = [str(folder), "--out", str(out), *COMMON, "--images-per-shard", "5"]
+    assert run_ending("data_prep.image_folder", arguments, "after", "probe-", 1).returncode == -signal.SIGKILL
+    assert len(list(out.iterdir())) == 1
+    assert main(arguments) == 0
+    assert tree(out) == prepared.tree
+
+
 # -- odd files ------------------------------------------------------------------------------------------------------
 
 
@@ -404,6 +537,13 @@ def test_a_class_of_broken_images_is_told(tmp_path: Path, capsys: pytest.Capture
 
 # -- wrong input ----------------------------------------------------------------------------------------------------
 
+
+def renamed(**names: str) -> dict[str, bytes]:
+    """``TREE`` with other names for some of its splits; "": without it."""
+    files = {(names.get(name.split("/")[0], name.split("/")[0]), name.partition("/")[2]): d for name, d in TREE.items()}
+    return {f"{split}/{name}": data for (split, name), data in files.items() if split}
+
+
 FLAT = flat({"a": 3, "b": 3})
 JPEG = encoded(1)
 
@@ -424,7 +564,12 @@ JPEG = encoded(1)
         ({**TREE, "val/Cat/1.jpg": JPEG}, [], "class folders 'Cat' and 'cat' differ only in upper and lower case"),
         ({**FLAT, "é/1.jpg": JPEG, "e\u0301/1.jpg": JPEG}, [], r"differ only in .*the coding of accents"),
         ({n: d for n, d in TREE.items() if n[0] == "v"}, [], "has val/ but no train/"),
-        ({n.replace("val", "Valid"): d for n, d in TREE.items()}, [], "rename Valid/ to val/$"),
+        (renamed(val="Valid"), [], r"under these names: rename Valid/ to val/ \(or otherwise, if these are classes\)$"),
+        (renamed(train="Train", val="Test", test=""), [], r"rename Test/ to test/, Train/ to train/ \("),
+        (renamed(train="training", val="testing", test=""), [], r"rename testing/ to test/, training/ to train/ \("),
+        (renamed(val="Test", test=""), [], r"rename Test/ to test/ \("),
+        (renamed(val="valid", test=""), [], r"rename valid/ to val/ \("),
+        (renamed(test="Test"), [], r"rename Test/ to test/ \("),
         ({**FLAT, "test/1.jpg": JPEG}, [], r"has test/ beside class folders: is it a class \(rename it\)"),
         (flat({"a": 1, "b": 1}), [], "no class has two images"),
         (TREE, ["--val-fraction", "0.2"], "--val-fraction sets images aside .*has val/: leave it out"),
@@ -433,6 +578,9 @@ JPEG = encoded(1)
         (FLAT, ["--images-per-shard", "0"], "--images-per-shard"),
         (FLAT, ["--crop", "0"], "--crop"),
         (FLAT, ["--out", "INSIDE"], "lies inside .*whose images it would join: give another --out"),
+        (FLAT, ["--out", "ITSELF"], "lies inside .*whose images it would join: give another --out"),
+        (FLAT, ["--out", "LINKED"], "lies inside .*whose images it would join: give another --out"),
+        (FLAT, ["--out", "ABOVE"], "FOLDER .* lies inside --out .*: give another --out"),
         (FLAT, ["--out", "memory://x"], "invisible to other processes"),
         (FLAT, ["--out", "USED"], "is not empty"),
     ],
@@ -444,7 +592,9 @@ def test_wrong_input(
     (folder / "c").mkdir(parents=True) if "c/" in files else folder.mkdir()
     write(folder, {name: data for name, data in files.items() if not name.endswith("/")})
     write(used, {"thesis.tex": b""})
-    places = {"INSIDE": str(folder / "o"), "USED": str(used)}
+    (tmp_path / "link").symlink_to(folder)
+    places = {"INSIDE": str(folder / "o"), "USED": str(used), "ITSELF": str(folder), "ABOVE": str(tmp_path)}
+    places["LINKED"] = str(tmp_path / "link" / "o")
     arguments = [str(folder), "--out", str(tmp_path / "o"), *COMMON, *(places.get(o, o) for o in options)]
     before = sorted(tmp_path.rglob("*"))
     assert main(arguments) == 2
@@ -465,10 +615,12 @@ def test_names_that_are_no_text(tmp_path: Path, capsys: pytest.CaptureFixture) -
 
 def test_nothing_there(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main([str(tmp_path / "nowhere"), "--out", str(tmp_path / "o"), *COMMON]) == 2
+    assert main([__file__, "--out", str(tmp_path / "o"), *COMMON]) == 2
     assert main(["nosuch://bucket/x", "--out", str(tmp_path / "o"), *COMMON]) == 2
     errors = capsys.readouterr().err.splitlines()
-    assert "no files in" in errors[0]
-    assert "cannot be opened" in errors[1]
+    assert re.search("there is no folder .*nowhere': check FOLDER", errors[0])
+    assert re.search("FOLDER .* is a file: give the folder that it lies in", errors[1])
+    assert "cannot be opened" in errors[2]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -477,7 +629,7 @@ def test_a_full_disk_is_foreseen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         tmp_path / "f", {f"{label}/{k}.png": encoded(k, "PNG", (300, 300)) for label in "ab" for k in (1, 2)}
     )
     monkeypatch.setattr(Storage, "free_bytes", lambda self: 5000)
-    with pytest.raises(ValueError, match="GB free"):
+    with pytest.raises(ValueError, match=r"has 5\.0 kB free, \d{3}\.\d kB are needed"):
         prepare(Arguments(str(folder), str(tmp_path / "o"), crop=CROP))
     prepare(Arguments(str(folder), str(tmp_path / "o"), crop=CROP, max_side=20))  # takes less than its source
 

@@ -72,6 +72,7 @@ def test_a_whole_set(
         r"^odd images: 1 undecodable$",
         r"^passed over: 1 ",
         r"^figure verify.png$",
+        rf"^digest {sha256_hex((whole / 'manifest.json').read_bytes())}$",
         r"^all is well: 0 problems in ",
     ]:
         assert re.search(line, captured.out, re.MULTILINE), (line, captured.out)
@@ -85,7 +86,7 @@ def test_an_archive_set_is_whole_too(prepared: object) -> None:
 
 @pytest.mark.ray_cluster
 def test_ray_tasks_find_the_same(spoilt: Path) -> None:
-    flip(spoilt / "train" / "train-00001-000.tar", 700)
+    flip(shard_of(spoilt, 1), 700)
     here = verify(Storage(str(spoilt)), num_tasks=0)
     there = verify(Storage(str(spoilt)), num_tasks=2)
     assert there.problems == here.problems != []
@@ -100,11 +101,12 @@ def test_an_object_store(whole: Path, tmp_path: Path) -> None:
     before = dict(objects)
     found = verify(Storage("bucket://bucket/o"), num_tasks=0)
     assert (found.problems, objects) == ([], before)
-    name = "bucket/o/train/train-00001-000.tar"
+    shard = shard_of(whole, 1).name
+    name = f"bucket/o/train/{shard}"
     objects[name] = objects[name][:-5000]
     found = verify(Storage("bucket://bucket/o"), num_tasks=0)
     objects.clear()
-    assert "train/train-00001-000.tar has " in found.problems[0]
+    assert f"train/{shard} has " in found.problems[0]
 
 
 # -- damage ---------------------------------------------------------------------------------------------------------
@@ -114,6 +116,11 @@ def flip(path: Path, offset: int, bits: int = 0x55) -> None:
     data = bytearray(path.read_bytes())
     data[offset] ^= bits
     path.write_bytes(data)
+
+
+def shard_of(folder: Path, number: int) -> Path:
+    """A shard of train."""
+    return folder / DataSet(Storage(str(folder))).manifest.splits["train"].shards[number].name
 
 
 def image_of(folder: Path, split: str, row: int) -> tuple[Path, int, int, str]:
@@ -154,13 +161,13 @@ def a_truncated_shard(folder: Path) -> str:
 
 
 def a_missing_shard(folder: Path) -> str:
-    (folder / "train" / "train-00002-000.tar").unlink()
-    return "^train/train-00002-000.tar is missing$"
+    shard_of(folder, 2).unlink()
+    return r"^train/train-00002-\w+-000.tar is missing$"
 
 
 def an_empty_shard(folder: Path) -> str:
-    (folder / "train" / "train-00002-000.tar").write_bytes(b"")
-    return r"^train/train-00002-000.tar: images that are not where the index says: 5 of 5 \(train/"
+    shard_of(folder, 2).write_bytes(b"")
+    return r"^train/train-00002-\w+-000.tar: images that are not where the index says: 5 of 5 \(train/"
 
 
 def a_wrong_label(folder: Path) -> str:
@@ -191,11 +198,11 @@ def a_huge_member(folder: Path) -> str:
 
 
 def shards_in_each_others_place(folder: Path) -> str:
-    one, other = folder / "train" / "train-00000-000.tar", folder / "train" / "train-00001-000.tar"
+    one, other = shard_of(folder, 0), shard_of(folder, 1)
     data = one.read_bytes()
     one.write_bytes(other.read_bytes())
     other.write_bytes(data)
-    return r"train-00001-000.tar: \S+.jpg is train/\S+ in the index"
+    return r"train-00001-\w+-000.tar: \S+.jpg is train/\S+ in the index"
 
 
 def the_index_of_another_set(folder: Path) -> str:
@@ -226,7 +233,7 @@ def a_count_that_is_none(folder: Path) -> str:
 
 def an_edited_digest(folder: Path) -> str:
     edit(folder, lambda raw: raw["splits"]["test"]["shards"][0].update(sha256="0" * 64))
-    return r"^test/test-00000-000.tar is damaged"
+    return r"^test/test-00000-\w+-000.tar is damaged"
 
 
 def a_class_less(folder: Path) -> str:
@@ -259,6 +266,24 @@ def statistics_of_another_crop(folder: Path) -> str:
     return r"^statistics.safetensors: mean_image is not there, has not the shape \(3, 17, 17\)"
 
 
+def a_letter_of_a_class(folder: Path) -> str:
+    data = (folder / "manifest.json").read_bytes()
+    (folder / "manifest.json").write_bytes(data.replace(b'"wnid": "cat"', b'"wnid": "caT"'))
+    return r"^manifest.json is not what was published: its SHA-256 is not the one in manifest.sha256$"
+
+
+def a_split_of_another_name(folder: Path) -> str:
+    data = (folder / "manifest.json").read_bytes()
+    (folder / "manifest.json").write_bytes(data.replace(b'"val":', b'"vel":'))
+    (folder / "manifest.sha256").unlink()
+    return r"^manifest.json: lacks val; its splits are test, train, vel$"
+
+
+def a_digest_of_something_else(folder: Path) -> str:
+    (folder / "manifest.sha256").write_bytes(b"\xff")
+    return r"^manifest.json is not what was published"
+
+
 def edit(folder: Path, change: Callable) -> None:
     raw = json.loads((folder / "manifest.json").read_text())
     change(raw)
@@ -288,6 +313,9 @@ DAMAGES = [
     damaged_statistics,
     no_statistics,
     statistics_of_another_crop,
+    a_letter_of_a_class,
+    a_split_of_another_name,
+    a_digest_of_something_else,
 ]
 
 
@@ -329,8 +357,9 @@ def test_a_label_too_many_or_few(whole: Path, tmp_path: Path) -> None:
     digest = write_index(storage, "test.arrow", table)
     test = replace(manifest.splits["test"], index_sha256=digest)
     (out / "manifest.json").write_bytes(replace(manifest, splits={**manifest.splits, "test": test}).to_bytes())
+    (out / "manifest.sha256").unlink()
     (problem,) = problems(out)
-    assert "test/test-00000-000.tar: images without a label, or with one too many: 4 of 4 (test/" in problem
+    assert f"{test.shards[0].name}: images without a label, or with one too many: 4 of 4 (test/" in problem
 
 
 # -- what is no damage ----------------------------------------------------------------------------------------------
@@ -356,6 +385,21 @@ def test_warnings(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert "warning: images that are in train more than once: 2 (" in printed
     assert re.search(r"train/(cat/other|ant/sub/2)\.\w+ = train/\S+ under another label", printed)
     assert "warning: classes without an image in val: 1 (bee)\n" in printed
+
+
+def test_a_stranger_and_an_older_set(spoilt: Path) -> None:
+    write(spoilt, {"train/extra.tar": b"x", "notes/a.txt": b"x"})
+    (spoilt / "manifest.sha256").unlink()
+    found = verify(Storage(str(spoilt)), num_tasks=0)
+    assert found.problems == []
+    older, strangers = found.warnings
+    assert older.startswith("there is no manifest.sha256 (")
+    assert strangers == "files that the manifest does not name: 2 (notes/a.txt, train/extra.tar)"
+
+
+def test_the_digest_can_be_checked_without_us(whole: Path) -> None:
+    ended = subprocess.run(["sha256sum", "-c", "manifest.sha256"], cwd=whole, check=False, capture_output=True)
+    assert ended.stdout == b"manifest.json: OK\n"
 
 
 @pytest.mark.parametrize("num_classes", [2, 21])
