@@ -46,6 +46,15 @@ def data(prepared: Path) -> DataSet:
 
 
 @pytest.fixture(scope="session")
+def undisturbed(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """The folder of an undisturbed run at 1, 2 and 3 workers, in plain process groups."""
+    from tests.training.group import run_to_end, small_config
+
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return {size: run_to_end(small_config(prepared, folder, f"w{size}"), size) for size in (1, 2, 3)}
+
+
+@pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of real images. Skips without REAL_DATA."""
     folder = os.environ.get("REAL_DATA")

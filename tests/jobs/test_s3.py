@@ -19,7 +19,7 @@ from orchestrator.storage import Storage
 from orchestrator.training.run import finished
 from tests.s3_server import BUCKET, SECRET, S3Server
 from tests.test_remote import OUTAGE_S
-from tests.training.group import options, run_to_end, small_config, weights_digest
+from tests.training.group import options, small_config, weights_digest
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,7 +41,7 @@ def kill_all(process: subprocess.Popen[str]) -> None:
 @pytest.mark.ray_cluster
 @pytest.mark.timeout(600)
 def test_preparing_training_and_resuming_in_a_bucket(
-    archives: Path, prepared: Path, s3: S3Server, tmp_path: Path
+    archives: Path, prepared: Path, undisturbed: dict[int, Path], s3: S3Server, tmp_path: Path
 ) -> None:
     home = Storage(f"s3://{BUCKET}/{tmp_path.name}")
     for archive in archives.iterdir():
@@ -63,7 +63,6 @@ def test_preparing_training_and_resuming_in_a_bucket(
     assert home.sub("data").find() == Storage(str(prepared)).find()
 
     # -- trained by two processes, killed after the first checkpoint
-    local = run_to_end(small_config(prepared, tmp_path, "local"), 2)
     config = small_config(Path("data"), Path("runs"), "remote")
     words = options(config)
     words[1], words[3] = f"{home.url}/data", f"{home.url}/runs"
@@ -104,7 +103,7 @@ def test_preparing_training_and_resuming_in_a_bucket(
     # -- the same weights as an undisturbed run on a disk, and nothing secret in what was printed or stored
     outcome = finished(run)
     assert outcome is not None
-    assert outcome.weights_sha256 == weights_digest(local)
+    assert outcome.weights_sha256 == weights_digest(undisturbed[2])
     assert SECRET not in "".join(said)
     assert SECRET.encode() not in (tmp_path / "mlflow.db").read_bytes()
     assert not any(SECRET.encode() in run.read(name) for name in run.find())
