@@ -323,7 +323,7 @@ def answered(storage: Storage, done: str, ask: Callable[[], Any]) -> Any:
         return ask()
     except (ValueError, StoreUnreachableError):
         raise  # says what to do
-    except Exception as error:  # object stores raise exceptions of their own libraries
+    except OSError as error:
         raise ValueError(
             f"{storage.url!r} cannot be {done} ({type(error).__name__}: {error}): check the URL, its permissions and, "
             "for an object store, endpoint and credentials"
