@@ -248,20 +248,42 @@ class PlacementConfig:
 
     num_workers: int = 0
     """worker processes, one a GPU or some CPUs each; 0: all GPUs of the cluster, or all its CPUs"""
+    min_workers: int = 0
+    """elastic: goes on with any number from this to num_workers, as nodes come and go; 0: num_workers exactly"""
     cpus_per_worker: int = 0
     """CPU threads of a worker; 0: the node's CPUs shared among its GPUs, or all CPUs among the workers"""
     use_gpu: bool | None = None
     """None: where the cluster has one"""
     ray_address: str = ""
     """Ray cluster to join; empty: RAY_ADDRESS, else a local one is started"""
-    max_failures: int = 100
-    """restarts of the worker group before the run gives up"""
     prefetch_batches: int = 2
     """batches that the input side works ahead"""
     cache_dir: str = ""
     """where a node keeps shards of a remote data set; empty: a folder of this user's in TMPDIR"""
     cache_gb: float | None = None
     """GB (10^9 bytes) that this folder may hold on a node; None: half of what is free; 0: no cache"""
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """What is done when something fails. None of this is part of the run's identity."""
+
+    hang_timeout_s: float = 120.0
+    """seconds without a step (or a validation batch) after which the worker that holds the others up is killed"""
+    max_failures: int = 20
+    """failures of workers that are put up with; every checkpoint gives one back"""
+    max_stalled_restarts: int = 5
+    """restarts without a new checkpoint in between before the run gives up"""
+    max_skipped_steps: int = 5
+    """steps left out because a loss or gradient was not finite; more send the run back to the newest checkpoint"""
+    storage_patience_s: float = 600.0
+    """seconds for which a checkpoint that cannot be stored (disk full, store away) is tried again"""
+    wait_for_workers_s: float = 600.0
+    """seconds for which a run that has lost its machines waits for others"""
+    lease_s: float = 30.0
+    """seconds of silence after which another driver of the run is taken for dead"""
+    take_over: bool = False
+    """take the run from another driver whose end cannot be known: only where you know that it is dead"""
 
 
 @dataclass(frozen=True)
@@ -298,6 +320,7 @@ class TrainConfig:
     numerics: NumericsConfig = field(default_factory=NumericsConfig)
     rhythm: RhythmConfig = field(default_factory=RhythmConfig)
     placement: PlacementConfig = field(default_factory=PlacementConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
@@ -318,7 +341,7 @@ class TrainConfig:
         The data set enters with its digest, when the run starts.
         """
         plain = self.to_json()
-        for key in ("data", "storage", "name", "recipe", "placement", "tracking"):
+        for key in ("data", "storage", "name", "recipe", "placement", "guard", "tracking"):
             del plain[key]
         # What is kept, and how much is put up with, may change while a run goes on.
         del plain["rhythm"]["keep_last"], plain["input"]["max_undecodable"]
@@ -400,6 +423,8 @@ def _check(config: TrainConfig) -> None:
         "rhythm.checkpoint_every_steps": r.checkpoint_every_steps,
         "rhythm.keep_last": r.keep_last,
         "placement.prefetch_batches": config.placement.prefetch_batches,
+        "guard.hang_timeout_s": config.guard.hang_timeout_s,
+        "guard.lease_s": config.guard.lease_s,
     }
     wrong += [f"{name} must be positive, not {value}" for name, value in positive.items() if not value > 0]
     not_negative = {
@@ -413,7 +438,12 @@ def _check(config: TrainConfig) -> None:
         "input.max_undecodable": i.max_undecodable,
         "placement.num_workers": config.placement.num_workers,
         "placement.cpus_per_worker": config.placement.cpus_per_worker,
-        "placement.max_failures": config.placement.max_failures,
+        "placement.min_workers": config.placement.min_workers,
+        "guard.max_failures": config.guard.max_failures,
+        "guard.max_stalled_restarts": config.guard.max_stalled_restarts,
+        "guard.max_skipped_steps": config.guard.max_skipped_steps,
+        "guard.storage_patience_s": config.guard.storage_patience_s,
+        "guard.wait_for_workers_s": config.guard.wait_for_workers_s,
         "placement.cache_gb": config.placement.cache_gb or 0.0,
     }
     wrong += [f"{name} must not be negative, not {value}" for name, value in not_negative.items() if value < 0]

@@ -195,7 +195,7 @@ def _fit(config: TrainConfig, placement: Placement, run: Storage, attempt: int, 
             name=f"{attempt:06d}",
             **_ray_storage(run.sub("ray")),
             failure_config=FailureConfig(
-                max_failures=config.placement.max_failures,
+                max_failures=config.guard.max_failures,
                 controller_failure_limit=3,  # a fixed-size group that lost a node would else wait for ever
             ),
         ),

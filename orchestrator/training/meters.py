@@ -10,9 +10,12 @@ import math
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from orchestrator.data.sampling import mix64
 
 _LOSS_UNIT = 2.0**24
 _MAX_LOSS = 2.0**16
@@ -23,7 +26,8 @@ class Totals:
     """Sums over images.
 
     Their number, loss in units of 2**-24, wrong at top-1 and top-5, losses that are not finite, images of an evaluation
-    that cannot be read (wrong, without a loss), training images that another one stands in for.
+    that cannot be read (wrong, without a loss), training images that another one stands in for, optimizer steps left
+    out because a loss or gradient was not finite, checksum of the samples (``sample_checksum``, modulo 2**64).
     """
 
     images: int = 0
@@ -33,9 +37,12 @@ class Totals:
     not_finite: int = 0
     unreadable: int = 0
     replaced: int = 0
+    skipped_steps: int = 0
+    samples: int = 0
 
     def __add__(self, other: Totals) -> Totals:
-        return Totals(*(a + b for a, b in zip(self.as_list(), other.as_list(), strict=True)))
+        sums = [a + b for a, b in zip(self.as_list(), other.as_list(), strict=True)]
+        return Totals(*sums[:-1], sums[-1] % 2**64)
 
     def as_list(self) -> list[int]:
         return list(astuple(self))
@@ -61,7 +68,7 @@ class Meter:
     """Adds up on ``device`` without waiting for it."""
 
     def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(7, dtype=torch.int64, device=device)
+        self.sums = torch.zeros(9, dtype=torch.int64, device=device)
 
     @torch.no_grad()
     def add(self, logits: Tensor, labels: Tensor, losses: Tensor, weight: Tensor | None = None) -> None:
@@ -80,18 +87,31 @@ class Meter:
 
     def add_unreadable(self, count: int) -> None:
         """Images of an evaluation that cannot be read: wrong, and left out of the loss."""
-        self.sums += count * torch.tensor([1, 0, 1, 1, 0, 1, 0], device=self.sums.device)
+        self.sums += count * torch.tensor([1, 0, 1, 1, 0, 1, 0, 0, 0], device=self.sums.device)
 
     def add_replaced(self, count: int) -> None:
         """Training images that another one stands in for."""
         self.sums[6] += count
 
+    def add_samples(self, positions: np.ndarray, images: np.ndarray) -> None:
+        """Stream positions [N] int64 and the images [N] int64 that were trained on there."""
+        self.sums[8] += sample_checksum(positions, images)
+
     def take(self, reduce: Callable[[Tensor], object]) -> Totals:
         """Totals over all ranks, then from zero again. ``reduce`` sums over ranks in place. Waits for the device."""
         reduce(self.sums)
-        totals = Totals(*self.sums.tolist())
+        *sums, samples = self.sums.tolist()
+        totals = Totals(*sums, samples % 2**64)
         self.sums.zero_()
         return totals
+
+
+def sample_checksum(positions: np.ndarray, images: np.ndarray) -> int:
+    """Checksum of (position, image) pairs, [N] int64 each, in [-2**63, 2**63): sums of it (modulo 2**64) are the same
+    however the pairs were dealt out, and another where a pair is missing, repeated or exchanged.
+    """
+    pairs = mix64(mix64(positions.astype(np.uint64)) ^ images.astype(np.uint64))
+    return int(pairs.sum(dtype=np.uint64).astype(np.int64))
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

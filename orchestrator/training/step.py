@@ -54,6 +54,7 @@ class ClassificationStep:
     def __call__(self, batch: Batch, step: int, lr: float) -> None:
         """Do optimizer step ``step`` at learning rate ``lr``. Does not wait for the device."""
         share = self.share
+        self._meter.add_samples(self.positions(step), batch.indices)
         if batch.replaced:
             self._meter.add_replaced(len(batch.replaced))
         for number in range(share.num_groups):

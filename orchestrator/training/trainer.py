@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import torch
 
 from orchestrator.config import TrainConfig
@@ -38,6 +39,7 @@ from orchestrator.training.optimization import (
     learning_rate,
     total_steps,
 )
+from orchestrator.training.pulse import Phase, Pulse
 from orchestrator.training.run import Outcome, check_identity, check_ownership, finish, finished, run_storage
 from orchestrator.training.step import ClassificationStep
 from orchestrator.training.validation import validate
@@ -45,18 +47,28 @@ from orchestrator.world import World
 
 
 def train(
-    config: TrainConfig, world: World, *, attempt: int, cpus: int, emit: Callable[[Event], None] = lambda event: None
+    config: TrainConfig,
+    world: World,
+    *,
+    attempt: int,
+    cpus: int,
+    emit: Callable[[Event], None] = lambda event: None,
+    pulse: Pulse | None = None,
+    seen: Callable[[int, np.ndarray], None] = lambda step, images: None,
 ) -> Outcome:
     """Train to the end, from wherever the run stands. Collective.
 
     attempt: number of this start (``run.next_attempt``), used on rank 0; cpus: threads for this worker; emit: takes the
-    events of rank 0 (journal lines, progress) and the notices of every rank, and must not block. Raises ValueError for
-    what the user must mend, run.SupersededError where another driver took over, OSError where storage fails.
+    events of rank 0 (journal lines, progress) and the notices of every rank, and must not block; pulse: is kept up to date
+    with where this worker is; seen: takes the number of each step (0-based) and the images [N] int64 that this worker
+    trained on in it, when the step is done. Raises ValueError for what the user must mend, run.SupersededError where
+    another driver took over, OSError where storage fails.
     """
     run, rhythm, batch_size = run_storage(config), config.rhythm, config.batch.global_batch_size
     if world.is_first:
         check_ownership(run, attempt)
     tell = emit if world.is_first else (lambda event: None)
+    pulse = pulse or Pulse()
 
     # -- what is trained on -----------------------------------------------------------------------------------------
     set_arithmetic(
@@ -130,12 +142,15 @@ def train(
     tell({"kind": "start", "step": step, "steps": steps, "images": len(train_split), "workers": world.size})
 
     while step < steps and not policy.stop:
+        pulse.at(Phase.INPUT, step)
         with clock.waiting():
             batch = next(batches)
+        pulse.at(Phase.COMPUTE, step)
         for bad, stand_in in batch.replaced:
             emit(notice(f"step {step}: image {bad} cannot be decoded, {stand_in} takes its place"))
 
         take_step(batch, step, learning_rate(config.schedule, policy, step, steps))
+        seen(step, batch.indices)
         step += 1
         clock.stepped(batch_size)
         if clock.progress_due():
@@ -146,7 +161,8 @@ def train(
         if last or step % rhythm.log_every_steps == 0:
             totals = totals + take_step.take_totals()
             _check_finite(config, step, totals)
-            record("train", metrics=_train_metrics(totals, take_step.optimizer.lr, clock.speed()))
+            metrics = _train_metrics(totals, take_step.optimizer.lr, clock.speed())
+            record("train", metrics=metrics, samples=f"{totals.samples:016x}")
             policy = decided(*after_measurement(config.schedule, policy, step, totals.top1_error))
             totals = Totals()
             clock.restart()

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -169,8 +170,13 @@ def _work(rank: int, size: int, rendezvous: str, config: dict[str, Any], attempt
             stream.write(json.dumps(event) + "\n")
 
         world = World(rank, size)
+        samples = (Path(events).parent / f"samples-{attempt}-{rank}.jsonl").open("a", buffering=1)
+
+        def seen(step: int, images: np.ndarray) -> None:
+            samples.write(json.dumps([step, images.tolist()]) + "\n")
+
         try:
-            train(TrainConfig.from_json(config), world, attempt=attempt, cpus=1, emit=emit)
+            train(TrainConfig.from_json(config), world, attempt=attempt, cpus=1, emit=emit, seen=seen)
         except Exception as error:
             (Path(events).parent / "error.txt").write_text(str(error))
             raise

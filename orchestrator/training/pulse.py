@@ -1,0 +1,49 @@
+"""Where a worker is: written by the training loop for free, read by a thread beside it.
+
+A watchdog outside the process compares the workers (``control.guard``): who has not arrived holds the others up.
+"""
+
+from __future__ import annotations
+
+import time
+from enum import IntEnum
+
+
+class Phase(IntEnum):
+    """What a worker does in a step, in the order in which it does it."""
+
+    START = 0  # building the network, reading the checkpoint
+    INPUT = 1  # waiting for the next batch
+    COMPUTE = 2  # its own share of the step
+    REDUCE = 3  # its gradients are ready: waiting for those of the others
+    MEASURE = 4
+    VALIDATE = 5
+    SAVE = 6
+    END = 7
+
+
+class Wish(IntEnum):
+    """What the world outside wants of a run; the highest wish of any worker is that of all."""
+
+    NONE = 0
+    SAVE = 1  # a checkpoint after this step
+    LEAVE = 2  # a checkpoint, then end: this place is about to go away
+
+
+class Pulse:
+    """One worker's place in the run. One thread writes, others may read at any time."""
+
+    def __init__(self) -> None:
+        self.step, self.phase, self.count = 0, Phase.START, 0
+        self.wish = Wish.NONE  # written from outside
+        self.compute_s = 0.0  # from the batch to this worker's own gradients, in the last step
+        self._since_s = time.monotonic()
+
+    def at(self, phase: Phase, step: int) -> None:
+        """The worker is now in ``phase`` of ``step`` (0-based number of the step that is being done)."""
+        if phase is Phase.REDUCE:
+            self.compute_s = time.monotonic() - self._since_s
+        elif phase is Phase.COMPUTE:
+            self._since_s = time.monotonic()
+        self.step, self.phase = step, phase
+        self.count += 1
