@@ -32,6 +32,9 @@ Result = TypeVar("Result")
 # fsspec protocols that other processes cannot see (memory://) or that cannot be written (http://)
 _PROCESS_LOCAL = {"memory"}
 
+# Where mode="create" is one request that fails on an existing name; elsewhere fsspec looks first and then writes.
+EXCLUSIVE_PROTOCOLS = {"s3", "s3a"}
+
 
 class DigestError(OSError):
     """Bytes in storage are not those that were published."""
@@ -74,6 +77,7 @@ class Storage:
         if protocols & _PROCESS_LOCAL:
             raise ValueError(f"storage URL {url!r} is invisible to other processes: give a folder or an object store")
         self.is_local = isinstance(self.fs, LocalFileSystem)
+        self.creates_exclusively = self.is_local or bool(protocols & EXCLUSIVE_PROTOCOLS)
         if self.is_local:
             # Workers have other working directories than the driver.
             self.url = self.root = os.path.abspath(self.root)  # noqa: PTH100 - keeps symbolic links as typed
@@ -237,7 +241,7 @@ class Storage:
                 self._call(name, lambda: self.fs.put_file(spool.name, target, **self._upload))
             return
         folder = Path(target).parent
-        folder.mkdir(parents=True, exist_ok=True)
+        _make_folder(folder)
         temporary = folder / f".tmp-{secrets.token_hex(8)}"
         try:
             with open(temporary, "xb") as stream:
@@ -253,7 +257,8 @@ class Storage:
     def create(self, name: str, data: bytes) -> bool:
         """Write ``name`` only if nothing has that name; True if this call wrote it.
 
-        Exclusive among processes on local disks (a hard link fails on an existing name) and on S3 (If-None-Match).
+        Exclusive among processes where ``creates_exclusively``: on local disks (a hard link fails on an existing name)
+        and on S3 (If-None-Match).
         ``data`` must be this caller's alone: what is there and equal to it was written by this call.
         """
         target = self.path(name)
@@ -265,7 +270,7 @@ class Storage:
                 return self.read(name) == data
             return True
         folder = Path(target).parent
-        folder.mkdir(parents=True, exist_ok=True)
+        _make_folder(folder)
         temporary = folder / f".tmp-{secrets.token_hex(8)}"
         try:
             with open(temporary, "xb") as stream:
@@ -279,8 +284,13 @@ class Storage:
                     raise
                 # A disk without hard links (exFAT, some network mounts): exclusive too, but not whole at once.
                 with open(target, "xb") as stream:
-                    stream.write(data)
-                    os.fsync(stream.fileno())
+                    try:
+                        stream.write(data)
+                        stream.flush()
+                        os.fsync(stream.fileno())
+                    except BaseException:
+                        Path(target).unlink(missing_ok=True)
+                        raise
         except FileExistsError:
             return False
         finally:
@@ -445,6 +455,14 @@ def _checked(name: str) -> str:
     if not name or name.startswith("/") or ".." in parts:
         raise ValueError(f"{name!r} is no name inside a storage folder")
     return name
+
+
+def _make_folder(folder: Path) -> None:
+    """Make ``folder`` and those above it; they survive a power cut."""
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for each in missing:
+        _sync_folder(each.parent)
 
 
 def _sync_folder(folder: Path) -> None:

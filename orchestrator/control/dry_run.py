@@ -41,7 +41,8 @@ from orchestrator.ray_session import Cluster, Node, ray_session
 from orchestrator.storage import Storage
 from orchestrator.training.assembly import decode_settings, sample_stream
 from orchestrator.training.checkpoint import Checkpoints
-from orchestrator.training.run import Outcome, newest_attempt
+from orchestrator.training.ownership import newest_attempt
+from orchestrator.training.run import Outcome
 
 
 def plan(config: TrainConfig, machines: Machines, tracking_uri: str) -> Plan:

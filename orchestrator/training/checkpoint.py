@@ -25,7 +25,7 @@ from torch import Tensor
 
 from orchestrator.remote import StoreRefusedError
 from orchestrator.storage import DigestError, Storage, sha256_hex
-from orchestrator.training.run import check_ownership
+from orchestrator.training.ownership import check_ownership
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
-"""The folder of a run in storage: whose it is, how often it was started, how it ended.
+"""The folder of a run in storage: what makes it this run, and how it ended.
 
 ::
 
     config.json            identity: everything that makes two runs the same run, data digest included
-    attempts/000001.json   one a start, created exclusively: the highest number owns the run
+    attempts/              see ownership.py
     checkpoints/           see checkpoint.py
     finished.json          the outcome, published last
 """
@@ -11,18 +11,12 @@
 from __future__ import annotations
 
 import json
-import secrets
 from dataclasses import asdict, dataclass
-from pathlib import PurePosixPath
 from typing import Any
 
 from orchestrator.config import TrainConfig, differences, digest
 from orchestrator.data.shards import DataSet
 from orchestrator.storage import Storage
-
-
-class SupersededError(RuntimeError):
-    """Another driver has started the same run: this one must not write any more."""
 
 
 def run_storage(config: TrainConfig) -> Storage:
@@ -67,34 +61,6 @@ def data_digest(run: Storage) -> str:
 
 def _identity(config: TrainConfig, data_sha256: str | None) -> dict[str, Any]:
     return config.identity() | {"data_sha256": data_sha256}
-
-
-# -- attempts -------------------------------------------------------------------------------------------------------
-
-
-def next_attempt(run: Storage, who: dict[str, Any]) -> int:
-    """Number of this start of the run, taken exclusively. The highest number owns the run."""
-    number = newest_attempt(run) + 1
-    content = json.dumps(who | {"token": secrets.token_hex(8)}).encode()  # no other start writes the same
-    while not run.create(f"attempts/{number:06d}.json", content):
-        number += 1
-    return number
-
-
-def check_ownership(run: Storage, attempt: int) -> None:
-    """Raises SupersededError where a newer start owns the run."""
-    newest = newest_attempt(run)
-    if newest > attempt:
-        raise SupersededError(
-            f"run {run.url} was started again (start number {newest}); this is start number {attempt}: it stops here, "
-            "and the newer one goes on"
-        )
-
-
-def newest_attempt(run: Storage) -> int:
-    """The highest attempt so far, 0 before the first."""
-    numbers = [PurePosixPath(name).stem for name in run.files("attempts")]
-    return max((int(number) for number in numbers if number.isdecimal()), default=0)
 
 
 # -- outcome --------------------------------------------------------------------------------------------------------

@@ -32,12 +32,11 @@ from orchestrator.control.checks import Verdict
 from orchestrator.control.facts import Machines, Plan, RunState, batch_facts, placement_facts, schedule_facts
 from orchestrator.ray_session import Cluster, Node
 from orchestrator.storage import Storage
-from orchestrator.training.run import next_attempt
 from orchestrator.training.trainer import _validation_due, train
 from orchestrator.world import World
 from tests.data.build import build, jpeg, noise_image
 from tests.object_store import Bucket
-from tests.training.group import Group, open_run, small_config
+from tests.training.group import Group, open_run, small_config, take_number
 
 HERE = Machines("a described machine", Cluster((Node(cpus=2, gpus=0),)))
 NO_TRACKING = "http://127.0.0.1:9"  # nobody answers: a warning
@@ -114,7 +113,7 @@ def test_a_run_before_between_and_after_its_starts(prepared: Path, tmp_path: Pat
     assert changed.run is not None
     assert changed.run.state is RunState.UNKNOWN
 
-    train(config, World(), attempt=next_attempt(Storage(str(group.run_path)), {}), cpus=1)
+    train(config, World(), attempt=take_number(Storage(str(group.run_path))), cpus=1)
     done = rehearse(replace(config, data="/nowhere"))  # as a start: what is not needed any more may be gone
     assert not done.refusals, done.findings
     assert done.run is not None
@@ -227,7 +226,7 @@ def test_two_classes_are_enough(tmp_path: Path) -> None:
     assert plan.model.num_classes == 2
     run = Path(config.storage) / config.name
     run.mkdir(parents=True)
-    outcome = train(config, World(), attempt=next_attempt(Storage(str(run)), {}), cpus=1)
+    outcome = train(config, World(), attempt=take_number(Storage(str(run))), cpus=1)
     assert outcome.steps == 2
     assert outcome.validation_top5_error == 0
     assert 0 <= outcome.validation_top1_error <= 100

@@ -28,13 +28,19 @@ from orchestrator.config import (
 from orchestrator.data.shards import DataSet
 from orchestrator.storage import Storage
 from orchestrator.training.checkpoint import Checkpoints, Snapshot
-from orchestrator.training.run import finished, fix_identity, next_attempt
+from orchestrator.training.ownership import claim
+from orchestrator.training.pulse import Pulse
+from orchestrator.training.run import finished, fix_identity
 from orchestrator.training.trainer import train
 from orchestrator.world import World
+from tests.training.traps import Trap
 
-# A fork of a process that has imported torch starts in a moment.
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "orchestrator.training.trainer", "nvidia.dali.fn", "nvidia.dali.types"])
+# A fork of a process that has imported everything starts in a moment. torch imports its compiler (1.5 s) when the first
+# optimizer is made.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    ["torch._dynamo", "nvidia.dali.fn", "nvidia.dali.types", "orchestrator.control.supervisor", __name__]
+)
 
 
 def small_config(data: Path, storage: Path, name: str, **fields: Any) -> TrainConfig:
@@ -69,21 +75,28 @@ def options(config: TrainConfig) -> list[str]:
     return words
 
 
+def take_number(run: Storage) -> int:
+    """The number of a start whose driver is this process: it lets go at once, so that the next start need not ask."""
+    with claim(run, lease_s=30, take_over=True, tell=lambda text: None) as owner:
+        return owner.number
+
+
 class Group:
     """The processes of one start of a run."""
 
-    def __init__(self, config: TrainConfig, size: int) -> None:
+    def __init__(self, config: TrainConfig, size: int, trap: Trap | None = None) -> None:
+        self.trap = trap
         run = Storage(config.storage).sub(config.name)
         self.run_path = Path(run.root)
         self.run_path.mkdir(parents=True, exist_ok=True)
         fix_identity(run, config, DataSet(Storage(config.data)))
-        attempt = next_attempt(run, {})
+        attempt = take_number(run)
         self.events_path = self.run_path / f"events-{attempt}.jsonl"
         rendezvous = self.run_path / f"rendezvous-{attempt}"
         self.processes = [
-            _CONTEXT.Process(
+            CONTEXT.Process(
                 target=_work,
-                args=(rank, size, str(rendezvous), config.to_json(), attempt, str(self.events_path)),
+                args=(rank, size, str(rendezvous), config.to_json(), attempt, str(self.events_path), trap),
             )
             for rank in range(size)
         ]
@@ -108,6 +121,19 @@ class Group:
             os.kill(process.pid, signal.SIGKILL)
         for process in self.processes:
             process.join()
+
+    def wait_for_trap(self, timeout_s: float = 120) -> list[int | None]:
+        """Until the trap's worker is dead, and the others are: killed with it, or by themselves. Exit codes by rank."""
+        assert self.trap is not None
+        caught = self.processes[self.trap.rank]
+        caught.join(timeout_s)
+        assert caught.exitcode in (-signal.SIGKILL, -signal.SIGXFSZ), (self.trap, caught.exitcode, self.events()[-3:])
+        for process in self.processes:
+            if self.trap.everyone and process.is_alive():
+                process.kill()
+        codes = self.wait(timeout_s)
+        assert all(codes), f"{self.trap}: a worker ended well beside a dead one: {codes}"
+        return codes
 
     def wait(self, timeout_s: float = 240) -> list[int | None]:
         """Exit codes, rank by rank."""
@@ -160,24 +186,27 @@ def weights_digest(run_path: Path) -> str:
     return outcome.weights_sha256
 
 
-def _work(rank: int, size: int, rendezvous: str, config: dict[str, Any], attempt: int, events: str) -> None:
+def _work(rank: int, size: int, rendezvous: str, config: dict[str, Any], attempt: int, events: str, trap: Trap | None) -> None:
     torch.set_num_threads(1)
+    folder = Path(events).parent
+    pulse, notice = trap.arm(rank, folder) if trap else (Pulse(), lambda event: None)
     if size > 1:
         dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size)
     with Path(events).open("a", buffering=1) as stream:
 
         def emit(event: dict[str, Any]) -> None:
             stream.write(json.dumps(event) + "\n")
+            notice(event)
 
         world = World(rank, size)
-        samples = (Path(events).parent / f"samples-{attempt}-{rank}.jsonl").open("a", buffering=1)
+        samples = (folder / f"samples-{attempt}-{rank}.jsonl").open("a", buffering=1)
 
         def seen(step: int, images: np.ndarray) -> None:
             samples.write(json.dumps([step, images.tolist()]) + "\n")
 
         try:
-            train(TrainConfig.from_json(config), world, attempt=attempt, cpus=1, emit=emit, seen=seen)
+            train(TrainConfig.from_json(config), world, attempt=attempt, cpus=1, emit=emit, pulse=pulse, seen=seen)
         except Exception as error:
-            (Path(events).parent / "error.txt").write_text(str(error))
+            (folder / "error.txt").write_text(str(error))
             raise
     world.leave()

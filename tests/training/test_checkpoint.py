@@ -15,7 +15,8 @@ from orchestrator.training.checkpoint import (
     Snapshot,
     newest_journal,
 )
-from orchestrator.training.run import SupersededError, newest_attempt, next_attempt
+from orchestrator.training.ownership import SupersededError, newest_attempt
+from tests.training.group import take_number
 
 
 def snapshot(step: int, error: float | None = None) -> Snapshot:
@@ -30,7 +31,7 @@ def run(tmp_path: Path) -> Storage:
 
 def open_run(run: Storage, keep_last: int = 2, attempt: int | None = None) -> tuple[Checkpoints, list[str]]:
     notices: list[str] = []
-    attempt = next_attempt(run, {}) if attempt is None else attempt
+    attempt = take_number(run) if attempt is None else attempt
     return Checkpoints(run, attempt=attempt, keep_last=keep_last, notice=notices.append), notices
 
 
@@ -150,7 +151,7 @@ def test_the_same_step_can_be_saved_again(run: Storage) -> None:
 
 def test_an_older_attempt_may_not_write(run: Storage) -> None:
     old = saved(run, 10)
-    next_attempt(run, {})
+    take_number(run)
     old.save(snapshot(20))
     with pytest.raises(SupersededError, match="start number 2"):
         old.wait()
@@ -159,15 +160,15 @@ def test_an_older_attempt_may_not_write(run: Storage) -> None:
     assert [r.step for r in old.records()] == [10]
 
 
-def take_number(url: str, count: int, numbers: multiprocessing.Queue) -> None:  # type: ignore[type-arg]
+def take_numbers(url: str, count: int, numbers: multiprocessing.Queue) -> None:  # type: ignore[type-arg]
     for _ in range(count):
-        numbers.put(next_attempt(Storage(url), {}))
+        numbers.put(take_number(Storage(url)))
 
 
 def test_attempts_are_numbered_without_gaps_or_repeats(run: Storage) -> None:
     context = multiprocessing.get_context("spawn")
     numbers: multiprocessing.Queue[int] = context.Queue()
-    processes = [context.Process(target=take_number, args=(run.url, 10, numbers)) for _ in range(3)]
+    processes = [context.Process(target=take_numbers, args=(run.url, 10, numbers)) for _ in range(3)]
     for process in processes:
         process.start()
     taken = sorted(numbers.get(timeout=60) for _ in range(30))

@@ -13,7 +13,7 @@ from orchestrator.config import BatchConfig, ModelConfig, ScheduleConfig
 from orchestrator.models import Family
 from orchestrator.storage import Storage
 from orchestrator.training.checkpoint import Checkpoints
-from orchestrator.training.run import newest_attempt, next_attempt
+from orchestrator.training.ownership import newest_attempt
 from tests.training.group import (
     Group,
     history,
@@ -21,6 +21,7 @@ from tests.training.group import (
     open_run,
     run_to_end,
     small_config,
+    take_number,
     weights_digest,
 )
 
@@ -165,6 +166,6 @@ def test_a_superseded_group_stops(prepared: Path, tmp_path: Path) -> None:
     while not open_run(first.run_path).records():
         assert time.monotonic() < deadline_s
         time.sleep(0.05)
-    next_attempt(Storage(str(first.run_path)), {})
+    take_number(Storage(str(first.run_path)))
     assert "was started again (start number 2)" in refusal(first)
     assert open_run(first.run_path).records()[-1].step < 60
