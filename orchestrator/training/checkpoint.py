@@ -1,59 +1,45 @@
 """Save, newest verified, restore. Ours is the only checkpoint.
 
 A checkpoint is published in two phases: its files in a folder of their own, then one commit record that names them with
-their SHA-256. A reader goes from the newest record to older ones until every digest is right::
+their SHA-256. Names carry the number of the start that wrote them (``ownership``)::
 
-    checkpoints/000000400.json                   the commit record: a folder without one does not exist
+    checkpoints/000000400-a000001.json                   the commit record: a folder without one does not exist
     checkpoints/000000400-a000001/tensors.safetensors    model/… and momentum/…
     checkpoints/000000400-a000001/state.json             step, policy, meters, learning rate
     checkpoints/000000400-a000001/journal.jsonl          every event up to this step
+
+Which records count is told by their lineage (``commit_record``): not those that a superseded driver publishes late, nor
+those that the run has gone back behind. A reader goes from the newest one to older ones until every digest is right.
 """
 
 from __future__ import annotations
 
+import atexit
+import errno
 import hashlib
 import json
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
+from weakref import WeakSet
 
 import safetensors.torch
 from torch import Tensor
 
-from orchestrator.remote import StoreRefusedError
+from orchestrator.remote import StoreRefusedError, StoreUnreachableError
 from orchestrator.storage import DigestError, Storage, sha256_hex
+from orchestrator.training.commit_record import CommitRecord, FileRecord, best, counting
+from orchestrator.training.failures import StorageFailedError
 from orchestrator.training.ownership import check_ownership
 
-
-@dataclass(frozen=True)
-class FileRecord:
-    """One file of a checkpoint: size in bytes and SHA-256."""
-
-    nbytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class CommitRecord:
-    """What makes a checkpoint exist. ``validation_top1_error`` in percent, where it followed a validation."""
-
-    step: int
-    attempt: int
-    folder: str
-    files: dict[str, FileRecord]
-    validation_top1_error: float | None = None
-
-    def to_bytes(self) -> bytes:
-        return json.dumps(asdict(self), indent=1, sort_keys=True).encode()
-
-    @staticmethod
-    def from_bytes(data: bytes) -> CommitRecord:
-        raw = json.loads(data)
-        raw["files"] = {name: FileRecord(**f) for name, f in raw["files"].items()}
-        return CommitRecord(**raw)
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
+_EXIT_S = 20.0  # a process that ends, for whatever reason, gives an upload this long
 
 
 @dataclass(frozen=True)
@@ -99,7 +85,7 @@ def newest_journal(run: Storage) -> list[dict[str, Any]]:
 
 
 class Checkpoints:
-    """The checkpoints of one run in storage. One writer: rank 0 of the newest attempt."""
+    """The checkpoints of one run in storage. One writer: rank 0 of the newest start."""
 
     def __init__(
         self,
@@ -109,50 +95,73 @@ class Checkpoints:
         keep_last: int,
         notice: Callable[[str], None],
         published: Callable[[CommitRecord, bool], None] = lambda record, is_best: None,
+        patience_s: float = 600.0,
+        waiting: Callable[[bool], None] = lambda waits: None,
     ) -> None:
-        """``published`` is called in the publishing thread with each new record and whether it is the best so far."""
+        """``attempt``: the number of this start; 0 for a reader, which writes nothing.
+
+        ``published`` is called in the publishing thread with each new record and whether it is the best so far. What
+        cannot be stored is tried again for ``patience_s`` seconds. ``waiting`` is told when the caller begins to wait
+        for storage (True), and when that is over (False).
+        """
         self._run, self._attempt, self._keep_last = run, attempt, keep_last
-        self._notice, self._published = notice, published
-        self._thread = ThreadPoolExecutor(1, "checkpoint")
-        self._pending: Future[CommitRecord] | None = None
+        self._notice, self._published, self._waiting = notice, published, waiting
+        self._patience_s = patience_s
+        self._pending: Future[None] | None = None
+        self._starts: tuple[tuple[int, int], ...] | None = None
+        self._kept_step: int | None = None  # of the newest checkpoint that is known to be whole
+        self._told: set[str] = set()
 
     # -- reading ------------------------------------------------------------------------------------------------
 
     def records(self) -> list[CommitRecord]:
-        """Readable commit records, oldest first."""
+        """The commit records that can be read and count, oldest first."""
+        return counting(self._readable())
+
+    def _readable(self) -> list[CommitRecord]:
         found = []
-        for name in self._run.files("checkpoints"):
+        for name in self._record_names():
             try:
-                found.append(CommitRecord.from_bytes(self._run.read(name)))
+                found.append(CommitRecord.from_bytes(self._run.read(name), name))
             except StoreRefusedError:  # nothing is wrong with the record
                 raise
             except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError) as error:
-                self._notice(f"checkpoint record {name} cannot be read ({error!r}): passed over")
-        return sorted(found, key=lambda r: r.step)
+                if name not in self._told:
+                    self._told.add(name)
+                    self._notice(f"checkpoint record {name} cannot be read ({error!r}): passed over")
+        return found
+
+    def _record_names(self) -> list[str]:
+        return [name for name in self._run.files("checkpoints") if name.endswith(".json")]
 
     def best(self) -> CommitRecord | None:
         """The checkpoint with the lowest validation error, the earliest of equals."""
-        measured = [r for r in self.records() if r.validation_top1_error is not None]
-        return min(measured, key=lambda r: (r.validation_top1_error, r.step), default=None)
+        return best(self.records())
 
     def newest(self) -> Snapshot | None:
         """The newest checkpoint whose every digest is right; None where there is none. OSError where storage fails.
 
-        Raises ValueError where there are checkpoints and none is usable: to begin again would be to give them up.
+        What is saved from now on follows from it. Raises ValueError where there are checkpoints and none is usable: to
+        begin again would be to give them up.
         """
         records = self.records()
         for record in reversed(records):
             try:
-                return self.load(record)
+                snapshot = self.load(record)
             except StoreRefusedError:  # nothing is wrong with the checkpoint
                 raise
             except (DigestError, FileNotFoundError, ValueError, safetensors.SafetensorError) as error:
                 self._notice(f"checkpoint of step {record.step} is not usable ({error}): going back to the one before")
+            else:
+                self._starts = (*record.starts, (self._attempt, record.step))
+                self._kept_step = record.step
+                return snapshot
         if records:
             raise ValueError(
                 f"none of the {len(records)} checkpoints of {self._run.url} is usable: restore one, or delete "
                 "checkpoints/ there to begin again"
             )
+        self._starts = ((self._attempt, 0),)
         return None
 
     def load(self, record: CommitRecord) -> Snapshot:
@@ -173,71 +182,187 @@ class Checkpoints:
     def save(self, snapshot: Snapshot) -> None:
         """Publish in the background. Waits only where the one before is still on its way; raises what that raised."""
         self.wait()
-        self._pending = self._thread.submit(self._publish, snapshot)
+        # Not a pool: Python waits for a pool's threads when it ends, and this one may try again for minutes.
+        future = self._pending = Future()
+        _UNDER_WAY.add(future)
+        threading.Thread(target=self._fulfil, args=(future, snapshot), name="checkpoint", daemon=True).start()
 
     def wait(self) -> None:
-        """Until what was saved is durable. Raises OSError where it could not be, SupersededError where it may not."""
-        if self._pending is not None:
-            self._pending.result()
-            self._pending = None
+        """Until what was saved is durable.
 
-    def _publish(self, snapshot: Snapshot) -> CommitRecord:
-        check_ownership(self._run, self._attempt)
+        Raises StorageFailedError where it could not be, SupersededError where it may not.
+        """
+        if self._pending is None:
+            return
+        waits = not self._pending.done()
+        try:
+            if waits:
+                self._waiting(True)
+            self._pending.result()
+        finally:
+            if waits:
+                self._waiting(False)
+        self._pending = None
+
+    def close(self) -> None:
+        """As ``wait``."""
+        self.wait()
+
+    def _fulfil(self, future: Future[None], snapshot: Snapshot) -> None:
+        try:
+            self._publish(snapshot)
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            future.set_result(None)
+
+    def _publish(self, snapshot: Snapshot) -> None:
         if not all(bool(t.isfinite().all()) for t in snapshot.tensors.values()):
             raise ValueError(
                 f"the weights of step {snapshot.step} are not finite: they are not saved, and the checkpoints before "
                 "are kept; lower schedule.lr or use a warm-up, under a new name"
             )
-        folder = f"checkpoints/{snapshot.step:09d}-a{self._attempt:06d}"
         contents = {
             "tensors.safetensors": safetensors.torch.save(snapshot.tensors),
             "state.json": json.dumps(snapshot.state, sort_keys=True).encode(),
             "journal.jsonl": "".join(json.dumps(e, sort_keys=True) + "\n" for e in snapshot.journal).encode(),
         }
-        files = {}
+        files = {name: FileRecord(len(data), sha256_hex(data)) for name, data in contents.items()}
+        record = self._store_patiently(snapshot, files, contents)
+        self._kept_step = record.step
+        its_best = None
+        try:
+            its_best = self._collect(record)
+        except OSError as error:  # the checkpoint itself is stored
+            self._notice(f"old checkpoints cannot be deleted ({error}): tried again with the next one")
+        self._published(record, its_best is not None and its_best.name == record.name)
+
+    def _store_patiently(
+        self, snapshot: Snapshot, files: dict[str, FileRecord], contents: dict[str, bytes]
+    ) -> CommitRecord:
+        began_s, tries, pause_s = time.monotonic(), 0, _FIRST_PAUSE_S
+        step, failed_s = snapshot.step, None
+        while True:
+            record: CommitRecord | None = None
+            try:
+                check_ownership(self._run, self._attempt)
+                record = CommitRecord(step, self._attempt, files, self._lineage(), snapshot.validation_top1_error)
+                self._store(record, contents)
+            except OSError as error:
+                cause = error
+            else:
+                if failed_s is not None:
+                    self._notice(f"the checkpoint of step {step} is stored now, {_since(failed_s)} s after a first try")
+                return record
+            # A store that does not answer had its patience in the call.
+            is_away = isinstance(cause, StoreUnreachableError)
+            if failed_s is None:
+                failed_s = began_s if is_away else time.monotonic()
+            if not is_away:
+                self._clear(record, cause)
+            left_s = self._patience_s - (time.monotonic() - failed_s)
+            if is_away or left_s <= 0 or _ENDING.is_set():
+                raise self._failure(step, _since(failed_s), cause, contents) from cause
+            tries += 1
+            if tries == 1:
+                self._notice(
+                    f"the checkpoint of step {step} cannot be stored ({cause}): it is tried again for up to "
+                    f"{self._patience_s:.0f} s while training goes on; {self._kept()}"
+                )
+            _ENDING.wait(min(pause_s, max(left_s, 0)))
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+    def _store(self, record: CommitRecord, contents: dict[str, bytes]) -> None:
+        """The two phases."""
         for name, data in contents.items():
-            self._run.publish(f"{folder}/{name}", data)
-            files[name] = FileRecord(len(data), sha256_hex(data))
-        record = CommitRecord(snapshot.step, self._attempt, folder, files, snapshot.validation_top1_error)
+            self._run.publish(f"{record.folder}/{name}", data)
         check_ownership(self._run, self._attempt)
-        self._run.publish(f"checkpoints/{snapshot.step:09d}.json", record.to_bytes())
-        best = self._collect(snapshot.step)
-        self._published(record, best is not None and best.step == record.step)
-        return record
+        self._run.publish(record.name, record.to_bytes())
+
+    def _lineage(self) -> tuple[tuple[int, int], ...]:
+        """Of what is saved now; without a ``newest`` before, it follows from whatever is the newest."""
+        if self._starts is None:
+            records = self.records()
+            before = (records[-1].starts, records[-1].attempt, records[-1].step) if records else ((), 0, 0)
+            self._starts = before[0] if before[1] == self._attempt else (*before[0], (self._attempt, before[2]))
+        return self._starts
+
+    def _clear(self, record: CommitRecord | None, cause: OSError) -> None:
+        """Remove what a failed try has left, and where the disk is full what nobody reads."""
+        with suppress(OSError):
+            if record is not None:
+                self._remove(record.folder)
+            if cause.errno in _FULL:
+                self.collect_orphans()
+
+    def _failure(self, step: int, waited_s: str, cause: OSError, contents: dict[str, bytes]) -> StorageFailedError:
+        room, advice = "", "mend the storage"
+        if cause.errno in _FULL:
+            needs, free = sum(map(len, contents.values())), None
+            with suppress(OSError):
+                free = self._run.free_bytes()
+            if free is not None:
+                room = f"; {free / 1e6:.1f} MB are free, {needs / 1e6:.1f} MB needed"
+            advice = "make room"
+        return StorageFailedError(
+            f"run {self._run.url}: the checkpoint of step {step} could not be stored for {waited_s} s ({cause}{room}): "
+            f"training stops, and {self._kept()}; {advice}, then the same command goes on"
+        )
+
+    def _kept(self) -> str:
+        if self._kept_step is None:
+            return "there is none before it"
+        return f"the checkpoint of step {self._kept_step} is kept"
+
+    def _remove(self, folder: str) -> None:
+        """A checkpoint, its record first: a kill in between leaves a folder that does not exist for readers."""
+        self._run.delete(f"{folder}.json")
+        self._run.delete(folder)
 
     def collect_orphans(self) -> None:
-        """Delete what interrupted uploads of earlier attempts have left. For the one writer, before it writes.
+        """Delete what interrupted uploads of earlier starts have left. For the one writer, before it writes.
 
-        A folder of a step whose record exists stays where that record cannot be read.
+        A folder whose record is there stays, also where that cannot be read.
         """
         check_ownership(self._run, self._attempt)
-        readable = {f"{r.step:09d}": r.folder for r in self.records()}
-        recorded = {PurePosixPath(name).stem for name in self._run.files("checkpoints")}
+        recorded = {name.removesuffix(".json") for name in self._record_names()}
         for folder in self._run.folders("checkpoints"):
-            step, _, attempt = PurePosixPath(folder).name.partition("-a")
-            in_doubt = step in recorded and step not in readable
-            if attempt.isdigit() and int(attempt) < self._attempt and folder != readable.get(step) and not in_doubt:
+            attempt = PurePosixPath(folder).name.partition("-a")[2]
+            if attempt.isdigit() and int(attempt) < self._attempt and folder not in recorded:
                 self._run.delete(folder)
+        self._run.delete_fragments("checkpoints")
 
-    def _collect(self, step: int) -> CommitRecord | None:
-        """Delete all but the newest up to ``step`` and the best, which it returns; the record goes first.
+    def _collect(self, newest: CommitRecord) -> CommitRecord | None:
+        """Delete all but the last ones up to ``newest`` and the best, which it returns.
 
-        Records past ``step`` are of checkpoints that turned out damaged: the run has gone back behind them.
+        Those ahead of ``newest`` turned out damaged, or are a superseded driver's: the run has gone back behind them. A
+        record that cannot be read stays until it is older than all that are kept: it may stand for a sound checkpoint.
         """
-        records, best = self.records(), self.best()
-        keep = {r.step for r in [r for r in records if r.step <= step][-self._keep_last :]} | (
-            {best.step} if best else set()
-        )
-        for record in records:
-            if record.step not in keep:
+        readable = self._readable()
+        count = counting(readable)
+        its_best, last = best(count), [r for r in count if r.step <= newest.step][-self._keep_last :]
+        keep = {r.name for r in last} | ({its_best.name} if its_best else set())
+        unreadable = set(self._record_names()) - {r.name for r in readable}
+        oldest = min((r.folder for r in last), default=newest.folder)
+        for name in [r.name for r in readable] + sorted(name for name in unreadable if name < oldest):
+            if name not in keep:
                 check_ownership(self._run, self._attempt)
-                self._run.delete(f"checkpoints/{record.step:09d}.json")
-                self._run.delete(record.folder)
-        return best
+                self._remove(name.removesuffix(".json"))
+        return its_best
 
-    def close(self) -> None:
-        """Wait and stop the thread."""
-        try:
-            self.wait()
-        finally:
-            self._thread.shutdown(wait=True)
+
+def _since(moment_s: float) -> str:
+    return f"{time.monotonic() - moment_s:.0f}"
+
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+# What is being published; when the process ends, nothing is tried again.
+_UNDER_WAY: WeakSet[Future[None]] = WeakSet()
+_ENDING = threading.Event()
+
+
+@atexit.register
+def _finish_uploads() -> None:
+    _ENDING.set()
+    wait_for(list(_UNDER_WAY), timeout=_EXIT_S)

@@ -16,6 +16,7 @@ from typing import Any
 
 from orchestrator.config import TrainConfig, differences, digest
 from orchestrator.data.shards import DataSet
+from orchestrator.remote import StoreRefusedError
 from orchestrator.storage import Storage
 
 
@@ -30,21 +31,20 @@ def run_storage(config: TrainConfig) -> Storage:
 def fix_identity(run: Storage, config: TrainConfig, data: DataSet) -> None:
     """Write the identity of a new run. Raises ValueError where the name is taken by another."""
     identity = _identity(config, data.digest)
-    text = json.dumps({"sha256": digest(identity), "identity": identity}, indent=1, sort_keys=True)
-    run.create("config.json", text.encode())
+    content = json.dumps({"sha256": digest(identity), "identity": identity}, indent=1, sort_keys=True).encode()
+    if not run.create("config.json", content) and _stored_identity(run) is None:
+        run.publish("config.json", content)  # torn by a kill when the run was new
     check_identity(run, config, data)
 
 
 def check_identity(run: Storage, config: TrainConfig, data: DataSet | None) -> None:
     """Refuse a changed config, or other data (None: not looked at), under the name of an old run. Raises ValueError."""
     try:
-        content = run.read("config.json")
+        old = _stored_identity(run)
     except FileNotFoundError:
         return
-    try:
-        old = dict(json.loads(content)["identity"])
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{run.url}/config.json is damaged: restore it, or choose another --name") from None
+    if old is None:
+        return
     new = _identity(config, data.digest if data is not None else old.get("data_sha256"))
     changed = differences(old, new)
     if changed:
@@ -52,6 +52,28 @@ def check_identity(run: Storage, config: TrainConfig, data: DataSet | None) -> N
             f"run {config.name!r} exists with another config (old → new): {'; '.join(changed)}. "
             "Use the old values to go on with it, or choose another --name"
         )
+
+
+def _stored_identity(run: Storage) -> dict[str, Any] | None:
+    """What config.json says; None where it is torn and no checkpoint depends on it.
+
+    Raises ValueError where one does, FileNotFoundError for a new run.
+    """
+    try:
+        content = json.loads(run.read("config.json"))
+        identity = dict(content["identity"])
+        if content["sha256"] == digest(identity):
+            return identity
+    except StoreRefusedError:
+        raise
+    except (ValueError, KeyError, TypeError):
+        pass
+    if run.files("checkpoints"):
+        raise ValueError(
+            f"{run.url}/config.json is damaged: restore it; or, if you are sure that this command is the run's, delete "
+            "it, and the same command writes it again"
+        )
+    return None
 
 
 def data_digest(run: Storage) -> str:
@@ -85,15 +107,19 @@ def finish(run: Storage, outcome: Outcome) -> None:
 
 
 def finished(run: Storage) -> Outcome | None:
-    """The outcome of a run that is done, else None. Raises ValueError where it is damaged."""
+    """The outcome of a run that is done, else None: where it is torn, the last checkpoint leads to it again.
+
+    Raises ValueError where it is torn and there is no checkpoint.
+    """
     try:
-        content = run.read("finished.json")
+        return Outcome(**json.loads(run.read("finished.json")))
+    except StoreRefusedError:
+        raise
     except FileNotFoundError:
         return None
-    try:
-        return Outcome(**json.loads(content))
     except (ValueError, TypeError):
+        if run.files("checkpoints"):
+            return None
         raise ValueError(
-            f"{run.url}/finished.json is damaged: delete it, and the same command writes it again from the newest "
-            "checkpoint"
+            f"{run.url}/finished.json is damaged, and there are no checkpoints: delete it to train the run again"
         ) from None

@@ -32,7 +32,7 @@ def run(tmp_path: Path) -> Storage:
 def open_run(run: Storage, keep_last: int = 2, attempt: int | None = None) -> tuple[Checkpoints, list[str]]:
     notices: list[str] = []
     attempt = take_number(run) if attempt is None else attempt
-    return Checkpoints(run, attempt=attempt, keep_last=keep_last, notice=notices.append), notices
+    return Checkpoints(run, attempt=attempt, keep_last=keep_last, notice=notices.append, patience_s=0), notices
 
 
 def saved(run: Storage, *steps: int, errors: dict[int, float] | None = None, keep_last: int = 2) -> Checkpoints:
@@ -84,7 +84,7 @@ def test_a_damaged_checkpoint_is_passed_over(run: Storage, name: str, damage: st
 
 def test_a_damaged_commit_record_is_passed_over(run: Storage) -> None:
     saved(run, 10, 20)
-    record = Path(run.path("checkpoints/000000020.json"))
+    record = Path(run.path("checkpoints/000000020-a000001.json"))
     record.write_bytes(record.read_bytes()[:40])
     checkpoints, notices = open_run(run)
     found = checkpoints.newest()
@@ -115,7 +115,7 @@ def test_a_run_that_went_back_keeps_what_it_saves(run: Storage) -> None:
 
 def test_files_without_a_commit_record_do_not_exist(run: Storage) -> None:
     saved(run, 10, 20)
-    Path(run.path("checkpoints/000000020.json")).unlink()  # killed between the two phases
+    Path(run.path("checkpoints/000000020-a000001.json")).unlink()  # killed between the two phases
     checkpoints, _ = open_run(run)
     found = checkpoints.newest()
     assert found is not None
@@ -200,4 +200,4 @@ def test_nothing_in_a_checkpoint_is_pickled(run: Storage) -> None:
     saved(run, 10)
     folder = run.folders("checkpoints")[0]
     assert {f.rsplit("/", 1)[1] for f in run.files(folder)} == {"tensors.safetensors", "state.json", "journal.jsonl"}
-    json.loads(run.read("checkpoints/000000010.json"))
+    json.loads(run.read("checkpoints/000000010-a000001.json"))
