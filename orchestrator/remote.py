@@ -70,6 +70,8 @@ class StoreUnreachableError(OSError):
 
 _trusts = False
 _stop = threading.Event()
+_num_waiting = 0  # calls of this process that a failure makes wait
+_counting = threading.Lock()
 
 
 def trust_stores() -> None:
@@ -81,6 +83,17 @@ def trust_stores() -> None:
 def stop_waiting() -> None:
     """This process is to end: no call waits for a store any more, in any thread."""
     _stop.set()
+
+
+def is_waiting() -> bool:
+    """Whether some call of this process waits for a store that has answered before and does not now."""
+    return _num_waiting > 0
+
+
+def _count_waiting(change: int) -> None:
+    global _num_waiting
+    with _counting:
+        _num_waiting += change
 
 
 class Line:
@@ -130,11 +143,13 @@ class Line:
                         raise StoreRefusedError(f"{place}: {said}: {_advice(signs, _TRANSIENT)}") from None
                     if not tells and known and waited_s > 1:
                         tells = True
+                        _count_waiting(+1)
                         self._tell(place, error)
                     _stop.wait(pause_s * random.uniform(0.5, 1))
                     pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
         finally:
             if tells:
+                _count_waiting(-1)
                 self._tell_end(place, time.monotonic() - started_s)
 
     def _tell(self, place: str, error: Exception) -> None:

@@ -6,6 +6,7 @@ The trainer runs from a World in a plain process group; Ray Train, torchrun and 
 import datetime
 import inspect
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -56,19 +57,39 @@ def share_of(rank: int, size: int, global_batch_size: int, bn_group_size: int) -
     return Share(rank // sharers, 1, images, rank % sharers * images, sharers)
 
 
+def largest_share(num_workers: int, global_batch_size: int, bn_group_size: int) -> int:
+    """The most workers, up to ``num_workers``, that can share the batch-norm groups."""
+    groups = global_batch_size // bn_group_size
+    if num_workers <= groups:
+        return num_workers
+    return max(groups * n for n in range(1, num_workers // groups + 1) if bn_group_size % n == 0)
+
+
 class World:
     """The processes of one training run, seen from one of them.
 
-    rank: this process, 0 … size − 1; device: where it computes.
+    rank: this process, 0 … size − 1; device: where it computes. A process of rank ``size`` or above stands by: it
+    takes part in nothing.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, device: torch.device | str = "cpu") -> None:
-        self.rank, self.size, self.device = rank, size, torch.device(device)
+    def __init__(
+        self, rank: int = 0, size: int = 1, device: torch.device | str = "cpu", group: dist.ProcessGroup | None = None
+    ) -> None:
+        self.rank, self.size, self.device, self._group = rank, size, torch.device(device), group
 
     @staticmethod
-    def from_process_group(device: torch.device | str = "cpu") -> "World":
-        """The world of the default process group that the caller has initialized (Ray Train does)."""
-        return World(dist.get_rank(), dist.get_world_size(), device)
+    def from_process_group(device: torch.device | str = "cpu", size: int = 0) -> "World":
+        """The world of the default process group that the caller has initialized (Ray Train does).
+
+        size: only its first ``size`` processes work, the others stand by; 0: all of them. Collective.
+        """
+        if not 0 < size < dist.get_world_size():
+            return World(dist.get_rank(), dist.get_world_size(), device)
+        return World(dist.get_rank(), size, device, dist.new_group(list(range(size))))
+
+    @property
+    def stands_by(self) -> bool:
+        return self.rank >= self.size
 
     @staticmethod
     def from_environment(timeout_s: float = 600.0) -> "World":
@@ -94,7 +115,7 @@ class World:
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum over all ranks, in place."""
         if self.size > 1:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=self._group)
         return tensor
 
     def from_first(self, value: int) -> int:
@@ -102,8 +123,18 @@ class World:
         if self.size == 1:
             return value
         tensor = torch.tensor([value], device=self.device)
-        dist.broadcast(tensor, 0)
+        dist.broadcast(tensor, 0, group=self._group)
         return int(tensor.item())
+
+    def gather(self, value: float) -> list[float]:
+        """Every rank's ``value``, by rank, on every rank. Waits for all of them."""
+        values = torch.zeros(self.size, dtype=torch.float64, device=self.device)
+        values[self.rank] = value
+        return [float(v) for v in self.sum_(values).tolist()]
+
+    def agreement(self) -> "Agreement":
+        """A means to agree on something in every step without waiting. Collective."""
+        return Agreement(self.size, self.device, self._group)
 
     def barrier(self) -> None:
         """Wait for every rank."""
@@ -119,7 +150,10 @@ class World:
             return None
         mine: dist.ProcessGroup | None = None
         for first in range(0, self.size, sharers):
-            group = dist.new_group(list(range(first, first + sharers)))
+            # Those who stand by do not call this.
+            group = dist.new_group(
+                list(range(first, first + sharers)), use_local_synchronization=self._group is not None
+            )
             if first <= self.rank < first + sharers:
                 mine = group
         return lambda tensor: _GroupSum.apply(tensor, mine)
@@ -133,8 +167,11 @@ class World:
             with model.no_sync():
                 yield
 
-    def distribute(self, model: nn.Module) -> nn.Module:
-        """``model`` with gradients summed (not averaged) over all ranks during backward."""
+    def distribute(self, model: nn.Module, ready: Callable[[], None]) -> nn.Module:
+        """``model`` with gradients summed (not averaged) over all ranks during backward.
+
+        ready: is called whenever more of this rank's own gradients are ready to be summed.
+        """
         if self.size == 1:
             return model
         # The running statistics are reduced once a step, over all groups. torch 2.13 renamed the option.
@@ -143,10 +180,11 @@ class World:
         parallel = DistributedDataParallel(
             model,
             device_ids=[self.device] if self.device.type == "cuda" else None,
+            process_group=self._group,
             gradient_as_bucket_view=True,
             **no_sync,
         )
-        parallel.register_comm_hook(None, _sum_gradients)
+        parallel.register_comm_hook((ready, self._group), _sum_gradients)
         return parallel
 
 
@@ -167,8 +205,44 @@ class _GroupSum(torch.autograd.Function):
         return gradient, None
 
 
-def _sum_gradients(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+class Agreement:
+    """The highest wish of any rank, known to all ranks at the same step, two steps after it was wished."""
+
+    _delay_steps = 2  # by then the reduction has long been done, and a GPU has passed it
+
+    def __init__(self, size: int, device: torch.device, group: dist.ProcessGroup | None) -> None:
+        self._size, self._device, self._group = size, device, group
+        self._pending: deque[tuple[dist.Work | None, Tensor, torch.cuda.Event | None]] = deque()
+
+    def ask(self, wish: int) -> int:
+        """Say this rank's wish (≥ 0) in this step; the highest wish of the step two before. Every rank calls it."""
+        if self._size == 1:
+            return wish
+        mine, event, work = torch.tensor([wish], device=self._device), None, None
+        if self._device.type == "cuda":
+            dist.all_reduce(mine, dist.ReduceOp.MAX, group=self._group)
+            mine = torch.empty(1, dtype=mine.dtype, pin_memory=True).copy_(mine, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        else:
+            work = dist.all_reduce(mine, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        self._pending.append((work, mine, event))
+        if len(self._pending) <= self._delay_steps:
+            return 0
+        work, answer, event = self._pending.popleft()
+        if event is not None:
+            event.synchronize()
+        elif work is not None:
+            work.wait()
+        return int(answer.item())
+
+
+def _sum_gradients(
+    state: tuple[Callable[[], None], dist.ProcessGroup | None], bucket: dist.GradBucket
+) -> torch.futures.Future[Tensor]:
     """DDP divides by the number of ranks; here the loss is already scaled by the global batch."""
-    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    ready, group = state
+    ready()
+    work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
     assert work is not None
     return work.get_future().then(lambda done: done.value()[0])

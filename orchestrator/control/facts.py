@@ -10,9 +10,8 @@ from enum import Enum
 import numpy as np
 
 from orchestrator.config import Order, PlateauError, PolicyKind, ScheduleConfig, TrainConfig, WarmupKind
-from orchestrator.control import supervisor
 from orchestrator.control.checks import Finding, Space, Verdict
-from orchestrator.control.supervisor import Placement
+from orchestrator.control.placement import Placement, place
 from orchestrator.ray_session import Cluster
 from orchestrator.training.optimization import total_steps
 from orchestrator.training.run import Outcome
@@ -166,9 +165,9 @@ def placement_facts(config: TrainConfig, machines: Machines) -> PlacementFacts:
     size, cpus = machines.world_size, config.placement.cpus_per_worker
     if size:
         cpus = cpus or max(1, len(os.sched_getaffinity(0)) // machines.local_world_size)
-        placement = Placement(size, cpus, machines.cluster.gpus > 0)
+        placement = Placement(size, cpus, machines.cluster.gpus > 0, size, size)
     else:
-        placement = supervisor.place(config, machines.cluster)
+        placement = place(config, machines.cluster)
     b, size = config.batch, placement.num_workers
     shares = tuple(share_of(rank, size, b.global_batch_size, b.bn_group_size) for rank in range(size))
     return PlacementFacts(placement, shares)

@@ -1,55 +1,43 @@
 """One training run on Ray: check, place the workers, restart them, report.
 
 Ray places processes and owns no state: its storage path is a fresh folder per attempt that nobody reads back. What a
-run remembers is in our storage, so every process may be killed at any line and the same call made again.
+run remembers is in our storage, so every process may be killed at any line and the same call made again. ``guard``
+decides what to do about failures; here it is done.
 """
 
 from __future__ import annotations
 
 import os
 import signal
-import socket
-import threading
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from orchestrator.config import TrainConfig
 from orchestrator.control import checks
+from orchestrator.control.guard import Ending, Refusal, classify
+from orchestrator.control.mailbox import Heart, Mailbox, Place, failure_of
+from orchestrator.control.placement import Placement, place
+from orchestrator.control.watch import Watch
 from orchestrator.data.shards import DataSet
-from orchestrator.ray_session import Cluster, ray_session
+from orchestrator.ray_session import ray_session
 from orchestrator.remote import stop_waiting, trust_stores
 from orchestrator.storage import Storage
 from orchestrator.training.notices import Event, notice, warnings_told
-from orchestrator.training.run import (
-    Outcome,
-    SupersededError,
-    check_identity,
-    finished,
-    fix_identity,
-    next_attempt,
-    run_storage,
-)
+from orchestrator.training.ownership import Claim, SupersededError, claim, next_start
+from orchestrator.training.pulse import Pulse, Wish
+from orchestrator.training.run import Outcome, check_identity, finished, fix_identity, run_storage
 from orchestrator.training.trainer import train
-from orchestrator.world import World, share_of
+from orchestrator.world import World, largest_share, share_of
 
 Listener = Callable[[Event], None]
-_POLL_S = 0.25
 
 
 class RunFailedError(RuntimeError):
     """A run stopped before its end for another reason than the user's input. What was saved is kept."""
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Workers of a run: their number, and what each is given."""
-
-    num_workers: int
-    cpus_per_worker: int
-    use_gpu: bool
 
 
 def check(config: TrainConfig) -> DataSet:
@@ -78,45 +66,6 @@ def outcome_of(config: TrainConfig) -> Outcome | None:
     return done
 
 
-def place(config: TrainConfig, cluster: Cluster) -> Placement:
-    """Workers for this cluster. Raises ValueError where a fixed-size cluster has too few CPUs or GPUs."""
-    p, batch = config.placement, config.batch
-    use_gpu = cluster.gpus > 0 if p.use_gpu is None else p.use_gpu
-    slots = _slots(cluster, use_gpu, max(1, p.cpus_per_worker))
-    each = f", {p.cpus_per_worker} for each on one node" if p.cpus_per_worker > 1 else ""
-    if p.num_workers > slots:
-        kind = "GPUs" if use_gpu and p.num_workers > cluster.gpus else "CPUs"
-        have = f"{cluster.gpus}" if kind == "GPUs" else f"{cluster.cpus}{each}"
-        raise ValueError(
-            f"{p.num_workers} workers need more {kind} than the cluster's {have}: lower --placement.num-workers "
-            "(0 takes what is there)" + (" or --placement.cpus-per-worker" if each else "")
-        )
-    if slots < 1 and use_gpu and not cluster.gpus:
-        raise ValueError("the cluster has no GPUs for a worker: start one with some, or change --placement.use-gpu")
-    if slots < 1:
-        raise ValueError(
-            f"no node of the cluster has the CPUs for a worker{each}: start one with some, or lower "
-            "--placement.cpus-per-worker"
-        )
-    num_workers = p.num_workers or max(
-        n for n in range(1, slots + 1) if _can_share(n, batch.global_batch_size, batch.bn_group_size)
-    )
-    share_of(0, num_workers, batch.global_batch_size, batch.bn_group_size)
-    cpus = p.cpus_per_worker
-    if not cpus and use_gpu:
-        cpus = max(1, min(node.cpus // node.gpus for node in cluster.nodes if node.gpus))
-    elif not cpus:
-        cpus = max(n for n in range(1, cluster.cpus + 1) if _slots(cluster, use_gpu, n) >= num_workers)
-    return Placement(num_workers, cpus, use_gpu)
-
-
-def _slots(cluster: Cluster, use_gpu: bool, cpus_per_worker: int) -> int:
-    """Workers that fit, node by node."""
-    if use_gpu:
-        return sum(min(node.gpus, node.cpus // cpus_per_worker) for node in cluster.nodes)
-    return sum(node.cpus // cpus_per_worker for node in cluster.nodes)
-
-
 def run_job(config: TrainConfig, listen: Listener) -> Outcome:
     """Train ``config`` to the end on Ray; goes on from where the run stands, and returns at once if it is finished.
 
@@ -130,9 +79,10 @@ def run_job(config: TrainConfig, listen: Listener) -> Outcome:
     data, run = check(config), run_storage(config)
     with ray_session(config.placement.ray_address) as cluster:
         placement = place(config, cluster)
-        attempt = _begin(config, data, run)
-        listen({"kind": "placed", "workers": placement.num_workers, "gpu": placement.use_gpu, "attempt": attempt})
-        return _fit(config, placement, run, attempt, listen)
+        with _begin(config, data, run, listen) as owner:
+            event = {"kind": "placed", "workers": placement.num_workers, "gpu": placement.use_gpu}
+            listen(event | {"attempt": owner.number})
+            return _fit(config, placement, run, owner, listen)
 
 
 def run_in_process_group(config: TrainConfig, listen: Listener) -> Outcome:
@@ -145,28 +95,36 @@ def run_in_process_group(config: TrainConfig, listen: Listener) -> Outcome:
     if os.environ.get("RANK", "0") != "0" or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         trust_stores()  # the first process, or the first start, has reached them
     world = World.from_environment()
+    owner: Claim | None = None
     try:
         share_of(world.rank, world.size, config.batch.global_batch_size, config.batch.bn_group_size)
-        attempt = _begin(config, data, run) if world.is_first else 0
-        if world.is_first:
+        owner = _begin(config, data, run, listen) if world.is_first else None
+        attempt = owner.number if owner else 0
+        if owner:
             use_gpu = world.device.type == "cuda"
             listen({"kind": "placed", "workers": world.size, "gpu": use_gpu, "attempt": attempt})
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         cpus = config.placement.cpus_per_worker or max(1, len(os.sched_getaffinity(0)) // local_size)
+        pulse = Pulse()
+        # What torchrun and SLURM send before they take the machines away.
+        signal.signal(signal.SIGTERM, lambda number, frame: setattr(pulse, "wish", Wish.LEAVE))
         with warnings_told(listen, world.rank):
-            return train(config, world, attempt=attempt, cpus=cpus, emit=listen)
+            return train(config, world, attempt=attempt, cpus=cpus, emit=listen, pulse=pulse)
     finally:
+        if owner:
+            owner.release()
         world.leave()
 
 
-def _begin(config: TrainConfig, data: DataSet, run: Storage) -> int:
-    """Fix the identity of a new run, and take the number of this start."""
+def _begin(config: TrainConfig, data: DataSet, run: Storage, listen: Listener) -> Claim:
+    """Fix the identity of a new run, and take it for this process."""
     run.check_writable()
     fix_identity(run, config, data)
-    return next_attempt(run, {"host": socket.gethostname(), "pid": os.getpid(), "time_s": int(time.time())})
+    guard = config.guard
+    return claim(run, lease_s=guard.lease_s, take_over=guard.take_over, tell=lambda text: listen(notice(text)))
 
 
-def _fit(config: TrainConfig, placement: Placement, run: Storage, attempt: int, listen: Listener) -> Outcome:
+def _fit(config: TrainConfig, placement: Placement, run: Storage, owner: Claim, listen: Listener) -> Outcome:
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -174,70 +132,58 @@ def _fit(config: TrainConfig, placement: Placement, run: Storage, attempt: int, 
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    mailbox = ray.remote(num_cpus=0)(Mailbox).options(scheduling_strategy=here).remote()
+    limits = config.guard
+    mailbox = ray.remote(num_cpus=0)(Mailbox).options(scheduling_strategy=here).remote(config.name, asdict(limits))
     resources: dict[str, float] = {"CPU": placement.cpus_per_worker}
     if placement.use_gpu:
         resources["GPU"] = 1
-    ray_folder = f"ray/{attempt:06d}"
+    ray_folder = f"ray/{owner.number:06d}"
     trainer = TorchTrainer(
         _work,
         train_loop_config={
             "config": config.to_json(),
-            "attempt": attempt,
+            "attempt": owner.number,
+            "token": owner.token,
             "cpus": placement.cpus_per_worker,
             "mailbox": mailbox,
         },
         scaling_config=ScalingConfig(
-            num_workers=placement.num_workers, use_gpu=placement.use_gpu, resources_per_worker=resources
+            num_workers=(placement.least_workers, placement.most_workers)
+            if placement.is_elastic
+            else placement.num_workers,
+            use_gpu=placement.use_gpu,
+            resources_per_worker=resources,
         ),
-        torch_config=TorchConfig(timeout_s=600),
+        # Hangs are the watchdog's; whoever waits for a worker that waits for storage must have more patience than it.
+        torch_config=TorchConfig(timeout_s=int(max(600, 2 * limits.storage_patience_s, 6 * limits.hang_timeout_s))),
         run_config=RunConfig(
-            name=f"{attempt:06d}",
+            name=f"{owner.number:06d}",
             **_ray_storage(run.sub("ray")),
-            failure_config=FailureConfig(
-                max_failures=config.guard.max_failures,
-                controller_failure_limit=3,  # a fixed-size group that lost a node would else wait for ever
-            ),
+            # How often to try again, and when not to, is the guard's.
+            failure_config=FailureConfig(max_failures=-1, controller_failure_limit=-1),
         ),
     )
-    stop = threading.Event()
-
-    def forward() -> None:
-        while True:
-            last_round = stop.is_set()
-            events: list[Event] = []
-            with suppress(ray.exceptions.RayError):
-                events = ray.get(mailbox.take.remote())
-            for event in events:
-                with suppress(Exception):  # whatever goes wrong in showing the run must not end it
-                    listen(event)
-            if last_round:
-                return
-            stop.wait(_POLL_S)
-
-    listener = threading.Thread(target=forward, name="events", daemon=True)
-    listener.start()
+    watch = Watch(mailbox, limits, owner, listen)
     failure: Exception | None = None
     on_interrupt = signal.getsignal(signal.SIGINT)
     try:
+        watch.start()
         trainer.fit()
-    except SystemExit:  # what Ray's own SIGINT handler makes of Ctrl-C
-        stop_waiting()
-        raise KeyboardInterrupt from None
+    except SystemExit:  # what Ray's own SIGINT handler makes of Ctrl-C, and of the watch's call
+        if not watch.gave_up:
+            stop_waiting()
+            raise KeyboardInterrupt from None
     except Exception as error:  # Ray wraps whatever a worker raised in types of its own
         failure = error
     finally:
         signal.signal(signal.SIGINT, on_interrupt)
-        stop.set()
-        listener.join(timeout=15)
+        watch.stop()
         with suppress(OSError, ValueError):
             run.delete(ray_folder)
-    refusal: tuple[bool, str] | None = None
     with suppress(ray.exceptions.RayError):  # the cluster itself may be gone
-        refusal = ray.get(mailbox.refusal.remote())
-    if refusal is not None:
-        is_users, reason = refusal
-        raise ValueError(reason) if is_users else SupersededError(reason)
+        watch.refusal = watch.refusal or ray.get(mailbox.take.remote(), timeout=30).refusal
+    if watch.refusal is not None:
+        raise _as_error(watch.refusal)
     outcome = finished(run)
     if outcome is None:
         raise RunFailedError(
@@ -248,62 +194,67 @@ def _fit(config: TrainConfig, placement: Placement, run: Storage, attempt: int, 
     return outcome
 
 
-class Mailbox:
-    """The actor between rank 0 and the driver: events one way, the refusal to go on the other."""
-
-    def __init__(self) -> None:
-        self._events: list[Event] = []
-        self._refusal: tuple[bool, str] | None = None
-
-    def put(self, events: list[Event]) -> None:
-        self._events += events
-
-    def take(self) -> list[Event]:
-        events, self._events = self._events, []
-        return events
-
-    def refuse(self, is_users: bool, reason: str) -> None:
-        """Trying again is no use: the user has something to mend, or another driver owns the run."""
-        self._refusal = self._refusal or (is_users, reason)
-
-    def refusal(self) -> tuple[bool, str] | None:
-        return self._refusal
+def _as_error(refusal: Refusal) -> Exception:
+    match refusal.ending:
+        case Ending.USER:
+            return ValueError(refusal.text)
+        case Ending.SUPERSEDED:
+            return SupersededError(refusal.text)
+        case Ending.FAILED:
+            return RunFailedError(refusal.text)
 
 
 def _work(settings: dict[str, Any]) -> None:
     """A worker of the group that Ray Train has made."""
     import ray
+    from ray.train import get_context
     from ray.train.torch import get_device
+    from ray.util import get_current_placement_group
 
-    mailbox = settings["mailbox"]
-    if ray.get(mailbox.refusal.remote()) is not None:
-        return  # restarted after trying again was found to be no use
+    mailbox, context, pulse = settings["mailbox"], get_context(), Pulse()
+    group, size = get_current_placement_group().id.hex(), context.get_world_size()
+    here = Place.here(context.get_world_rank(), ray.get_runtime_context().get_node_id())
+    may_start, number, pause_s = ray.get(mailbox.begin.remote(group, size, here))
+    if not may_start:
+        return  # started again after that was found to be no use
+    time.sleep(pause_s)
     config = TrainConfig.from_json(settings["config"])
+    batch = config.batch
     device = get_device() if config.placement.use_gpu is not False else "cpu"
-    world = World.from_process_group(device)
     trust_stores()  # the driver has reached them
 
     def emit(event: Event) -> None:
         mailbox.put.remote([event])
 
-    try:
-        with warnings_told(emit, world.rank):
-            train(config, world, attempt=settings["attempt"], cpus=settings["cpus"], emit=emit)
-    except (ValueError, SupersededError) as error:
-        ray.get(mailbox.refuse.remote(isinstance(error, ValueError), str(error)))
-        raise
-    except Exception as error:
-        text = f"worker {world.rank} failed ({type(error).__name__}: {_cause(error)}); all workers start again"
-        ray.get(mailbox.put.remote([notice(text)]))
-        raise
+    with Heart(mailbox, group, here, size, pulse), warnings_told(emit, here.rank):
+        try:
+            share = largest_share(size, batch.global_batch_size, batch.bn_group_size)
+            world = World.from_process_group(device, share)
+            if world.stands_by:
+                while not ray.get(mailbox.is_over.remote(group)):
+                    pulse.alive()
+                    time.sleep(1.0)
+                return
+            attempt = settings["attempt"]
+            if number > 1 and world.is_first:  # what the group before still publishes must not count
+                attempt = next_start(run_storage(config), settings["token"])
+            train(config, world, attempt=attempt, cpus=settings["cpus"], emit=emit, pulse=pulse)
+            ray.get(mailbox.end.remote(group))
+        except Exception as error:
+            kind = classify(error, pulse.phase)
+            text = (
+                str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {_cause(error)}{_at(error)}"
+            )
+            failure = failure_of(error, kind, here, pulse, text)
+            if ray.get(mailbox.failed.remote(group, here.rank, failure)):
+                ray.get(mailbox.put.remote([notice(f"{failure}; all workers start again")]))
+            raise
 
 
-def _can_share(num_workers: int, global_batch_size: int, bn_group_size: int) -> bool:
-    try:
-        share_of(0, num_workers, global_batch_size, bn_group_size)
-    except ValueError:
-        return False
-    return True
+def _at(error: BaseException) -> str:
+    """The line of code that raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f" (at {frames[-1].filename}:{frames[-1].lineno})" if frames else ""
 
 
 def _ray_storage(folder: Storage) -> dict[str, Any]:
@@ -329,6 +280,8 @@ def _arrow_handler(url: str) -> Any:
 
 
 def _cause(error: Exception) -> str:
-    """The last line of a worker's error: Ray's text holds whole tracebacks."""
+    """The telling line of a worker's error: Ray's text holds whole tracebacks, torch's of its own library after it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:300] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    return lines[0 if type(error).__module__ == "builtins" else -1][:300]

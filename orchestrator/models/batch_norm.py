@@ -153,11 +153,12 @@ class RunningStatistics:
             self._sum.add_(self._group)
             self._group.zero_()
 
-    def advance(self, reduce: Callable[[Tensor], object] | None, num_groups: int) -> None:
+    def advance(self, reduce: Callable[[Tensor], object] | None, num_groups: int, unless: Tensor | None = None) -> None:
         """running = (1 - momentum)·running + momentum·(mean over the `num_groups` groups of the global batch).
 
         `reduce` sums a tensor over all ranks in place (None: a single process). Where several processes share a group
-        each of them has accumulated it, which is taken into account; `num_groups` stays the number of groups."""
+        each of them has accumulated it, which is taken into account; `num_groups` stays the number of groups.
+        `unless` [] bool: where it is true the running statistics stay as they are; nobody waits to look at it."""
         if num_groups < 1:
             raise ValueError(f"A global batch has at least one batch-norm group, not {num_groups}.")
         if not self._layers:
@@ -171,6 +172,8 @@ class RunningStatistics:
         if reduce is not None:
             reduce(self._sum)
         mean = self._sum.div_(num_groups * first.shared_by)
+        if unless is not None:
+            mean = torch.where(unless, self._running, mean)
         self._running.lerp_(mean, self._momentum)
         self.discard()
 

@@ -42,7 +42,7 @@ class Totals:
 
     def __add__(self, other: Totals) -> Totals:
         sums = [a + b for a, b in zip(self.as_list(), other.as_list(), strict=True)]
-        return Totals(*sums[:-1], sums[-1] % 2**64)
+        return Totals(*[*sums[:-1], sums[-1] % 2**64])
 
     def as_list(self) -> list[int]:
         return list(astuple(self))
@@ -93,6 +93,10 @@ class Meter:
         """Training images that another one stands in for."""
         self.sums[6] += count
 
+    def add_skipped(self, skipped: Tensor) -> None:
+        """[] bool: whether an optimizer step was left out. To be told by one rank."""
+        self.sums[7] += skipped
+
     def add_samples(self, positions: np.ndarray, images: np.ndarray) -> None:
         """Stream positions [N] int64 and the images [N] int64 that were trained on there."""
         self.sums[8] += sample_checksum(positions, images)
@@ -101,7 +105,7 @@ class Meter:
         """Totals over all ranks, then from zero again. ``reduce`` sums over ranks in place. Waits for the device."""
         reduce(self.sums)
         *sums, samples = self.sums.tolist()
-        totals = Totals(*sums, samples % 2**64)
+        totals = Totals(*[*sums, samples % 2**64])
         self.sums.zero_()
         return totals
 

@@ -139,25 +139,46 @@ class SGD:
     """
 
     def __init__(
-        self, model: nn.Module, *, momentum: float, weight_decay: float, decay_batch_norm: bool, caffe_momentum: bool
+        self,
+        model: nn.Module,
+        *,
+        momentum: float,
+        weight_decay: float,
+        decay_batch_norm: bool,
+        caffe_momentum: bool,
+        fused: bool | None = None,
     ) -> None:
+        """fused: one kernel for all of it; None: on a GPU."""
         self._names = {name: p for name, p in model.named_parameters() if p.requires_grad}
         decays = [p for p in self._names.values() if decay_batch_norm or p.ndim > 1]
         rest = [p for p in self._names.values() if not (decay_batch_norm or p.ndim > 1)]
         groups = [{"params": decays, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
         on_gpu = next(iter(self._names.values())).is_cuda
+        self._fused = on_gpu if fused is None else fused
         self._optimizer = torch.optim.SGD(
             [g for g in groups if g["params"]],
             lr=0.0,
             momentum=momentum,
-            fused=on_gpu or None,
-            foreach=None if on_gpu else True,
+            fused=self._fused or None,
+            foreach=None if self._fused else True,
         )
+        if self._fused and momentum > 0:
+            # The kernel leaves a new momentum as it finds it where it skips the first step.
+            for p in self._names.values():
+                self._optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
         self._caffe_momentum = caffe_momentum and momentum > 0
         self.lr = 0.0
 
-    def step(self, lr: float) -> None:
-        """One update at learning rate ``lr``, from the gradients in ``.grad``."""
+    def not_finite(self) -> torch.Tensor:
+        """[] bool on the parameters' device: whether any gradient in ``.grad`` is NaN or infinite."""
+        gradients = [p.grad for p in self._names.values() if p.grad is not None]
+        return ~torch.stack(torch._foreach_norm(gradients)).isfinite().all()
+
+    def step(self, lr: float, unless: torch.Tensor | None = None) -> None:
+        """One update at learning rate ``lr`` from the gradients in ``.grad``; none where ``unless`` ([] bool) is true.
+
+        A fused update does not wait for ``unless``.
+        """
         if lr != self.lr:
             if self._caffe_momentum and self.lr > 0 and lr > 0:
                 buffers = list(self.momentum().values())
@@ -166,7 +187,12 @@ class SGD:
             self.lr = lr
             for group in self._optimizer.param_groups:
                 group["lr"] = lr
-        self._optimizer.step()
+        if self._fused:
+            found_inf = None if unless is None else unless.float()
+            self._optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # read by its fused kernel
+            self._optimizer.step()
+        elif unless is None or not bool(unless):
+            self._optimizer.step()
 
     def zero_grad(self) -> None:
         """Gradients to zero, in place where DDP's buckets hold them."""
@@ -185,7 +211,7 @@ class SGD:
             if momentum:
                 # In the parameter's memory format: the fused kernel refuses any other.
                 self._optimizer.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(momentum[name])
-            else:
+            elif not self._fused:
                 self._optimizer.state.pop(p, None)
         self.lr = lr
         for group in self._optimizer.param_groups:

@@ -5,7 +5,6 @@ A watchdog outside the process compares the workers (``control.guard``): who has
 
 from __future__ import annotations
 
-import time
 from enum import IntEnum
 
 
@@ -36,14 +35,13 @@ class Pulse:
     def __init__(self) -> None:
         self.step, self.phase, self.count = 0, Phase.START, 0
         self.wish = Wish.NONE  # written from outside
-        self.compute_s = 0.0  # from the batch to this worker's own gradients, in the last step
-        self._since_s = time.monotonic()
+        self.waits_for_storage = False
 
     def at(self, phase: Phase, step: int) -> None:
         """The worker is now in ``phase`` of ``step`` (0-based number of the step that is being done)."""
-        if phase is Phase.REDUCE:
-            self.compute_s = time.monotonic() - self._since_s
-        elif phase is Phase.COMPUTE:
-            self._since_s = time.monotonic()
         self.step, self.phase = step, phase
+        self.count += 1
+
+    def alive(self) -> None:
+        """Still in the same phase, and not stuck."""
         self.count += 1

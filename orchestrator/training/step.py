@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 
 import numpy as np
@@ -34,14 +35,18 @@ class ClassificationStep:
         autocast: torch.dtype | None,
         crop_px: int,
         seed: int,
+        ready: Callable[[], None] = lambda: None,
     ) -> None:
-        """``model`` is on the world's device. Collective. Raises ValueError where workers cannot share the groups."""
+        """``model`` is on the world's device; ``ready`` is told when this worker's own gradients are.
+
+        Collective. Raises ValueError where workers cannot share the groups.
+        """
         self.model, self.optimizer = model, SGD(model, **asdict(optimizer))
         self.share = share_of(world.rank, world.size, batch.global_batch_size, batch.bn_group_size)
         self._world, self._batch, self._autocast, self._seed = world, batch, autocast, seed
         share_groups(model, world.group_sum(self.share.sharers), self.share.sharers)
         self._statistics = RunningStatistics(model)
-        self._parallel = world.distribute(model)
+        self._parallel = world.distribute(model, ready)
         self._meter = Meter(world.device)
         model.train()
         if world.size > 1:
@@ -52,7 +57,10 @@ class ClassificationStep:
         return self.share.positions(step, self._batch.global_batch_size, self._batch.bn_group_size)
 
     def __call__(self, batch: Batch, step: int, lr: float) -> None:
-        """Do optimizer step ``step`` at learning rate ``lr``. Does not wait for the device."""
+        """Do optimizer step ``step`` at learning rate ``lr``. Does not wait for the device.
+
+        A step whose gradients are not finite changes nothing; it is counted.
+        """
         share = self.share
         self._meter.add_samples(self.positions(step), batch.indices)
         if batch.replaced:
@@ -69,8 +77,13 @@ class ClassificationStep:
                 (losses.sum() / self._batch.global_batch_size).backward()
             self._statistics.accumulate()
             self._meter.add(logits.detach().float(), labels, losses.detach())
-        self._statistics.advance(self._world.sum_, self._batch.global_batch_size // self._batch.bn_group_size)
-        self.optimizer.step(lr)
+        # Gradients are summed over all workers: what one of them finds not finite, all do, and leave the step out.
+        bad = self.optimizer.not_finite()
+        num_groups = self._batch.global_batch_size // self._batch.bn_group_size
+        self._statistics.advance(self._world.sum_, num_groups, unless=bad)
+        self.optimizer.step(lr, unless=bad)
+        if self._world.is_first:
+            self._meter.add_skipped(bad)
         self.optimizer.zero_grad()
 
     def take_totals(self) -> Totals:

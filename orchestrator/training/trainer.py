@@ -29,6 +29,7 @@ from orchestrator.training.assembly import (
 )
 from orchestrator.training.checkpoint import Checkpoints, Snapshot, checkpoint_event, weights_sha256
 from orchestrator.training.clock import Clock
+from orchestrator.training.failures import NotFiniteError, PreemptedError
 from orchestrator.training.meters import Totals
 from orchestrator.training.notices import Event, notice
 from orchestrator.training.optimization import (
@@ -39,9 +40,11 @@ from orchestrator.training.optimization import (
     learning_rate,
     total_steps,
 )
-from orchestrator.training.pulse import Phase, Pulse
-from orchestrator.training.run import Outcome, check_identity, check_ownership, finish, finished, run_storage
+from orchestrator.training.ownership import check_ownership
+from orchestrator.training.pulse import Phase, Pulse, Wish
+from orchestrator.training.run import Outcome, check_identity, finish, finished, run_storage
 from orchestrator.training.step import ClassificationStep
+from orchestrator.training.stragglers import Stopwatch, Stragglers
 from orchestrator.training.validation import validate
 from orchestrator.world import World
 
@@ -59,10 +62,10 @@ def train(
     """Train to the end, from wherever the run stands. Collective.
 
     attempt: number of this start (``run.next_attempt``), used on rank 0; cpus: threads for this worker; emit: takes the
-    events of rank 0 (journal lines, progress) and the notices of every rank, and must not block; pulse: is kept up to date
-    with where this worker is; seen: takes the number of each step (0-based) and the images [N] int64 that this worker
-    trained on in it, when the step is done. Raises ValueError for what the user must mend, run.SupersededError where
-    another driver took over, OSError where storage fails.
+    events of rank 0 (journal lines, progress) and the notices of every rank, and must not block; pulse: says where this
+    worker is, and what is wished of it; seen: takes the number of each step (0-based) and the images [N] int64 that
+    this worker trained on in it, when the step is done. Raises ValueError for what the user must mend, SupersededError
+    where another driver took over, OSError where storage fails, NotFiniteError, PreemptedError (see failures).
     """
     run, rhythm, batch_size = run_storage(config), config.rhythm, config.batch.global_batch_size
     if world.is_first:
@@ -91,6 +94,12 @@ def train(
     torch.manual_seed(config.seed)
     model = build_model(config, data.num_classes).to(world.device)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
+    stopwatch = Stopwatch(world.device)
+
+    def gradients_ready() -> None:
+        stopwatch.split()
+        pulse.at(Phase.REDUCE, pulse.step)
+
     take_step = ClassificationStep(
         model,
         world,
@@ -99,6 +108,7 @@ def train(
         autocast=autocast,
         crop_px=config.input.crop_px,
         seed=config.seed,
+        ready=gradients_ready,
     )
 
     # -- where the run stands ---------------------------------------------------------------------------------------
@@ -110,9 +120,9 @@ def train(
         published=lambda record, is_best: tell(checkpoint_event(run, record, is_best=is_best)),
     )
     snapshot = _agreed_snapshot(checkpoints, world)
-    step, policy, totals, journal = 0, PolicyState(), Totals(), list[Event]()
+    step, skipped, policy, totals, journal = 0, 0, PolicyState(), Totals(), list[Event]()
     if snapshot is not None:
-        step, journal = snapshot.step, snapshot.journal
+        step, skipped, journal = snapshot.step, snapshot.state["skipped_steps"], snapshot.journal
         policy, totals = PolicyState(**snapshot.state["policy"]), Totals(*snapshot.state["totals"])
         take_step.load(snapshot.tensors, snapshot.state["lr"])
         tell(notice(f"going on from the checkpoint of step {step}"))
@@ -138,7 +148,7 @@ def train(
     if cache:
         cache.want("val", val_split.info.shards)
     unreadable_told: set[int] = set()
-    clock = Clock()
+    clock, stragglers, agreement = Clock(), Stragglers(), world.agreement()
     tell({"kind": "start", "step": step, "steps": steps, "images": len(train_split), "workers": world.size})
 
     while step < steps and not policy.stop:
@@ -146,6 +156,7 @@ def train(
         with clock.waiting():
             batch = next(batches)
         pulse.at(Phase.COMPUTE, step)
+        stopwatch.start()
         for bad, stand_in in batch.replaced:
             emit(notice(f"step {step}: image {bad} cannot be decoded, {stand_in} takes its place"))
 
@@ -153,26 +164,38 @@ def train(
         seen(step, batch.indices)
         step += 1
         clock.stepped(batch_size)
+        wish = Wish(agreement.ask(pulse.wish))
         if clock.progress_due():
             tell({"kind": "progress", "step": step, "learning_rate": take_step.optimizer.lr, **clock.speed()})
 
         # -- measure
         last = step == steps
         if last or step % rhythm.log_every_steps == 0:
+            pulse.at(Phase.MEASURE, step)
             totals = totals + take_step.take_totals()
-            _check_finite(config, step, totals)
-            metrics = _train_metrics(totals, take_step.optimizer.lr, clock.speed())
+            _check_skipped(config, step, skipped + totals.skipped_steps)
+            stragglers.look(world.gather(stopwatch.seconds() / len(batch.indices)))
+            metrics = _train_metrics(totals, take_step.optimizer.lr, clock.speed() | stragglers.metrics())
             record("train", metrics=metrics, samples=f"{totals.samples:016x}")
+            if totals.skipped_steps:
+                tell(notice(f"{totals.skipped_steps} of the steps up to {step} changed nothing: {_NOT_FINITE}"))
+            if slow := stragglers.notice():
+                tell(notice(slow))
             policy = decided(*after_measurement(config.schedule, policy, step, totals.top1_error))
-            totals = Totals()
+            skipped, totals = skipped + totals.skipped_steps, Totals()
             clock.restart()
 
         # -- validate, and decide once on the globally reduced error
         validation: Totals | None = None
         if last or _validation_due(step, batch_size, len(train_split), rhythm.validate_every_epochs):
+            pulse.at(Phase.VALIDATE, step)
             with clock.stalled() as stall:
-                validation = validate(model, val_batches, world, autocast)
-            _check_finite(config, step, validation)
+                validation = validate(model, val_batches, world, autocast, pulse.alive)
+            if validation.not_finite:
+                raise NotFiniteError(
+                    f"run {config.name!r}: the validation loss of {validation.not_finite} images at step {step} is not "
+                    f"finite: {_ADVICE}"
+                )
             for index in val_batches.undecodable - unreadable_told:
                 emit(notice(f"validation image {val_split.names[index].as_py()} cannot be decoded: it counts as wrong"))
             unreadable_told = set(val_batches.undecodable)
@@ -181,17 +204,25 @@ def train(
             policy = decided(*after_validation(config.schedule, policy, step, validation.top1_error, training_error))
 
         # -- save
-        if last or policy.stop or validation is not None or step % rhythm.checkpoint_every_steps == 0:
+        ends = last or policy.stop or wish is Wish.LEAVE
+        if ends or wish is Wish.SAVE or validation is not None or step % rhythm.checkpoint_every_steps == 0:
+            pulse.at(Phase.SAVE, step)
             with clock.stalled() as stall:
                 totals = totals + take_step.take_totals()
-                _check_finite(config, step, totals)
+                _check_skipped(config, step, skipped + totals.skipped_steps)
                 if world.is_first:
-                    state = {"policy": asdict(policy), "totals": totals.as_list(), "lr": take_step.optimizer.lr}
+                    state = {"policy": asdict(policy), "totals": totals.as_list(), "skipped_steps": skipped}
+                    state |= {"lr": take_step.optimizer.lr}
                     error = None if validation is None else validation.top1_error
                     checkpoints.save(Snapshot(step, take_step.tensors(), state, list(journal), error))
             tell({"kind": "saving", "step": step, "stall_s": stall.seconds})
+        if wish is Wish.LEAVE and not (last or policy.stop):
+            checkpoints.close()
+            world.barrier()
+            raise PreemptedError(f"run {config.name!r} left its place at step {step}, whose checkpoint is kept")
 
     # -- the end ----------------------------------------------------------------------------------------------------
+    pulse.at(Phase.END, step)
     batches.close()
     val_batches.close()
     if cache:
@@ -238,7 +269,14 @@ def _validation_due(step: int, batch_size: int, num_images: int, every_epochs: f
 
 def _train_metrics(totals: Totals, lr: float, speed: dict[str, float]) -> dict[str, float]:
     errors = {"train_top1_error": totals.top1_error, "train_top5_error": totals.top5_error}
-    return {"train_loss": totals.loss, **errors, "replaced_images": totals.replaced, "learning_rate": lr, **speed}
+    return {
+        "train_loss": totals.loss,
+        **errors,
+        "replaced_images": totals.replaced,
+        "skipped_steps": totals.skipped_steps,
+        "learning_rate": lr,
+        **speed,
+    }
 
 
 def _validation_metrics(totals: Totals, seconds: float) -> dict[str, float]:
@@ -260,10 +298,17 @@ def _new_training_error(journal: list[Event]) -> float | None:
     return None
 
 
-def _check_finite(config: TrainConfig, step: int, totals: Totals) -> None:
-    """Raises ValueError where a loss was not finite: nothing of it is saved."""
-    if totals.not_finite:
-        raise ValueError(
-            f"run {config.name!r}: the loss of {totals.not_finite} images before step {step} is not finite; the "
-            "checkpoints before that are kept: lower schedule.lr or use a warm-up, under a new name"
+_NOT_FINITE = "their loss or gradient was not finite"
+_ADVICE = (
+    "the checkpoints before that are kept; where it happens again, lower schedule.lr or use a warm-up, under a new name"
+)
+
+
+def _check_skipped(config: TrainConfig, step: int, skipped_steps: int) -> None:
+    """Raises NotFiniteError where more steps were left out than are put up with: nothing of it is saved."""
+    limit = config.guard.max_skipped_steps
+    if skipped_steps > limit:
+        raise NotFiniteError(
+            f"run {config.name!r}: {skipped_steps} steps up to step {step} were left out, as {_NOT_FINITE} "
+            f"(guard.max_skipped_steps is {limit}): {_ADVICE}"
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -11,15 +13,23 @@ from orchestrator.world import World
 
 
 @torch.inference_mode()
-def validate(model: nn.Module, batches: EvalInput, world: World, autocast_dtype: torch.dtype | None) -> Totals:
-    """Totals over all images of the split, the same on every rank. Collective.
+def validate(
+    model: nn.Module,
+    batches: EvalInput,
+    world: World,
+    autocast_dtype: torch.dtype | None,
+    alive: Callable[[], None] = lambda: None,
+) -> Totals:
+    """Totals over all images of the split, the same on every rank; ``alive`` is told of every batch. Collective.
 
     Batches are fixed by the data set alone and dealt out whole, so a score does not depend on the number of workers.
     """
     meter = Meter(world.device)
     was_training = model.training
     model.eval()
+    alive()
     for batch in batches.batches(world.rank, world.size):
+        alive()
         with torch.autocast(world.device.type, autocast_dtype or torch.bfloat16, enabled=autocast_dtype is not None):
             logits = model(batch.images)
         weight = torch.from_numpy(batch.valid.astype("int64")).to(world.device, non_blocking=True)

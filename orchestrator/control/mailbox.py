@@ -1,0 +1,233 @@
+"""Between the workers and the driver: an actor that keeps events, signs of life, failures and wishes.
+
+Workers never call the driver, nor it them; both call the mailbox, which lives on the driver's machine and ends with it.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import socket
+import tempfile
+import threading
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import psutil
+
+from orchestrator.config import GuardConfig
+from orchestrator.control.guard import Beat, Failure, FailureClass, Guard, Refusal
+from orchestrator.remote import is_waiting
+from orchestrator.training.notices import Event, notice
+from orchestrator.training.pulse import Phase, Pulse, Wish
+
+_MANY_BEATS_PER_S = 64.0  # that one actor takes with ease
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a worker runs: ``created`` tells its process from a later one of the same number."""
+
+    rank: int
+    pid: int
+    created: float
+    host: str
+    node: str
+
+    @staticmethod
+    def here(rank: int, node: str) -> Place:
+        return Place(rank, os.getpid(), psutil.Process().create_time(), socket.gethostname(), node)
+
+    def __str__(self) -> str:
+        return f"worker {self.rank} (process {self.pid} on {self.host})"
+
+
+@dataclass
+class Post:
+    """What the driver finds in the mailbox: the events since it last looked, and how the workers stand now."""
+
+    events: list[Event]
+    refusal: Refusal | None
+    group: str  # "" before the first one begins
+    has_failed: bool  # the group is about to end
+    places: dict[int, Place]
+    beats: list[Beat]
+    begun_s: float  # when the group's last worker began
+    now_s: float  # on the same clock as the beats
+
+
+@dataclass
+class _Group:
+    name: str = ""
+    places: dict[int, Place] = field(default_factory=dict)
+    beats: dict[int, Beat] = field(default_factory=dict)
+    failed: set[int] = field(default_factory=set)
+    wish: Wish = Wish.NONE
+    begun_s: float = field(default_factory=time.monotonic)
+    over: bool = False
+
+
+class Mailbox:
+    """The actor."""
+
+    def __init__(self, run: str, limits: dict[str, Any]) -> None:
+        self._guard = Guard(run, GuardConfig(**limits))
+        self._events: list[Event] = []
+        self._group = _Group()
+
+    # -- for workers --------------------------------------------------------------------------------------------
+
+    def begin(self, group: str, size: int, place: Place) -> tuple[bool, int, float]:
+        """A worker starts: whether it may, the number of its group (from 1), and seconds to wait first."""
+        if group != self._group.name:
+            old = self._group
+            silent = [str(p) for rank, p in sorted(old.places.items()) if rank not in old.failed]
+            self._guard.begin(size, silent)
+            if silent and self._guard.num_groups > 1:
+                self._events.append(notice(f"{', '.join(silent[:8])} ended without a word: killed, or moved by Ray"))
+            self._group = _Group(group)
+        self._group.places[place.rank] = place
+        self._group.begun_s = time.monotonic()
+        if len(self._group.places) == size:
+            workers = [asdict(place) for _, place in sorted(self._group.places.items())]
+            self._events.append({"kind": "workers", "workers": workers})
+        return self._guard.refusal is None, self._guard.num_groups, self._guard.pause_s
+
+    def put(self, events: list[Event]) -> None:
+        for event in events:
+            if event["kind"] == "checkpoint" or (event["kind"] == "start" and event["step"]):
+                self._guard.saved(event["step"])
+        self._events += events
+
+    def failed(self, group: str, rank: int, failure: Failure) -> bool:
+        """Worker ``rank`` of ``group`` stops, or was stopped; whether all are going to start again."""
+        if group == self._group.name:
+            self._group.failed.add(rank)
+            self._guard.failed(failure)
+        return self._guard.refusal is None
+
+    def beat(self, group: str, beat: dict[str, Any]) -> Wish:
+        """A sign of life; what is wished of the worker."""
+        if group != self._group.name:
+            return Wish.NONE
+        self._group.beats[beat["rank"]] = Beat(**beat, heard_s=time.monotonic())
+        return self._group.wish
+
+    def end(self, group: str) -> None:
+        """The workers of ``group`` have done all."""
+        self._group.over = self._group.over or group == self._group.name
+
+    def is_over(self, group: str) -> bool:
+        return self._group.over or group != self._group.name
+
+    # -- for the driver -----------------------------------------------------------------------------------------
+
+    def take(self) -> Post:
+        events, self._events = self._events, []
+        g = self._group
+        beats = [beat for _, beat in sorted(g.beats.items())]
+        return Post(events, self._guard.refusal, g.name, bool(g.failed), g.places, beats, g.begun_s, time.monotonic())
+
+    def wish(self, group: str, wish: Wish) -> None:
+        if group == self._group.name:
+            self._group.wish = max(self._group.wish, wish)
+
+    def give_up(self, why: str) -> None:
+        self._guard.give_up(why)
+
+
+# -- in a worker ----------------------------------------------------------------------------------------------------
+
+
+class Heart:
+    """Sends a worker's pulse to the mailbox while the context lasts, and brings back what is wished of it."""
+
+    def __init__(self, mailbox: Any, group: str, place: Place, size: int, pulse: Pulse) -> None:
+        self._mailbox, self._group, self._place, self._pulse = mailbox, group, place, pulse
+        self._interval_s = max(1.0, size / _MANY_BEATS_PER_S)
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._live, name="heart", daemon=True)
+        self._stacks: IO[str] | None = None
+
+    def __enter__(self) -> Heart:
+        with suppress(OSError, ValueError):
+            path = _stack_file(self._place.pid)
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._stacks = path.open("w")
+            # In C: it answers for a process whose threads are all stuck.
+            faulthandler.register(signal.SIGUSR1, self._stacks, all_threads=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._end.set()
+        if self._stacks is not None:
+            faulthandler.unregister(signal.SIGUSR1)
+            self._stacks.close()
+            _stack_file(self._place.pid).unlink(missing_ok=True)
+
+    def _live(self) -> None:
+        import ray
+
+        while not self._end.is_set():
+            pulse = self._pulse
+            beat = {"rank": self._place.rank, "step": pulse.step, "phase": pulse.phase, "count": pulse.count}
+            beat["waits_for_storage"] = pulse.waits_for_storage or is_waiting()
+            with suppress(ray.exceptions.RayError):  # the driver is gone, or busy: not this worker's affair
+                pulse.wish = ray.get(self._mailbox.beat.remote(self._group, beat), timeout=30)
+            self._end.wait(self._interval_s)
+
+
+def end_worker(place: Place) -> str:
+    """On the worker's machine: what its process does, with its stack where it answers; then SIGKILL. In words."""
+    try:
+        process = psutil.Process(place.pid)
+        if abs(process.create_time() - place.created) > 1:
+            return "its process has ended"
+        status = str(process.status())
+    except psutil.NoSuchProcess:
+        return "its process has ended"
+    words = f"its process is {status}"
+    if status != psutil.STATUS_STOPPED:
+        path = _stack_file(place.pid)
+        if path.exists():
+            process.send_signal(signal.SIGUSR1)
+            time.sleep(1.0)
+            words += f"; {_own_frames(path.read_text())}"
+    process.kill()
+    return f"{words}; it was killed"
+
+
+def end_on(place: Place, timeout_s: float) -> str:
+    """``end_worker`` on its node, from anywhere in the cluster."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    there = NodeAffinitySchedulingStrategy(place.node, soft=False)
+    task = ray.remote(num_cpus=0, max_retries=0)(end_worker).options(scheduling_strategy=there).remote(place)
+    try:
+        return str(ray.get(task, timeout=timeout_s))
+    except ray.exceptions.RayError:
+        return "its machine does not answer"
+
+
+def _stack_file(pid: int) -> Path:
+    return Path(tempfile.gettempdir()) / f"resnet-orchestrator-{os.getuid()}" / "stacks" / f"{pid}.txt"
+
+
+def _own_frames(dump: str) -> str:
+    """The threads of a faulthandler dump that are in our code, innermost frames first, on one line."""
+    threads = [block.splitlines() for block in dump.split("\n\n") if "orchestrator/training" in block]
+    frames = [line.strip().removeprefix("File ") for block in threads[:1] for line in block if "File " in line]
+    return "at " + " < ".join(frames[:6]) if frames else "no stack could be had"
+
+
+def failure_of(error: BaseException, kind: FailureClass, place: Place, pulse: Pulse, text: str) -> Failure:
+    """What a worker tells of its end."""
+    where = "at its start" if pulse.phase is Phase.START else f"in step {pulse.step}, {pulse.phase.name.lower()}"
+    return Failure(kind, f"{place} {where}", text)

@@ -1,0 +1,63 @@
+"""How many workers, and what each is given: the config against the machines of a cluster."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from orchestrator.config import TrainConfig
+from orchestrator.ray_session import Cluster
+from orchestrator.world import largest_share, share_of
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Workers of a run: how many now, what each is given, and the range in which an elastic run stays."""
+
+    num_workers: int
+    cpus_per_worker: int
+    use_gpu: bool
+    least_workers: int
+    most_workers: int
+
+    @property
+    def is_elastic(self) -> bool:
+        return self.least_workers < self.most_workers
+
+
+def place(config: TrainConfig, cluster: Cluster) -> Placement:
+    """Workers for this cluster. Raises ValueError where it has too few CPUs or GPUs."""
+    p, batch = config.placement, config.batch
+    use_gpu = cluster.gpus > 0 if p.use_gpu is None else p.use_gpu
+    slots = _slots(cluster, use_gpu, max(1, p.cpus_per_worker))
+    each = f", {p.cpus_per_worker} for each on one node" if p.cpus_per_worker > 1 else ""
+    least = p.min_workers or p.num_workers
+    if least > slots:
+        kind = "GPUs" if use_gpu and least > cluster.gpus else "CPUs"
+        have = f"{cluster.gpus}" if kind == "GPUs" else f"{cluster.cpus}{each}"
+        raise ValueError(
+            f"{least} workers need more {kind} than the cluster's {have}: lower --placement.num-workers "
+            "(0 takes what is there)" + (" or --placement.cpus-per-worker" if each else "")
+        )
+    if slots < 1 and use_gpu and not cluster.gpus:
+        raise ValueError("the cluster has no GPUs for a worker: start one with some, or change --placement.use-gpu")
+    if slots < 1:
+        raise ValueError(
+            f"no node of the cluster has the CPUs for a worker{each}: start one with some, or lower "
+            "--placement.cpus-per-worker"
+        )
+    most = p.num_workers or largest_share(slots, batch.global_batch_size, batch.bn_group_size)
+    share_of(0, most, batch.global_batch_size, batch.bn_group_size)
+    num_workers = largest_share(min(most, slots), batch.global_batch_size, batch.bn_group_size)
+    cpus = p.cpus_per_worker
+    if not cpus and use_gpu:
+        cpus = max(1, min(node.cpus // node.gpus for node in cluster.nodes if node.gpus))
+    elif not cpus:
+        cpus = max(n for n in range(1, cluster.cpus + 1) if _slots(cluster, use_gpu, n) >= num_workers)
+    return Placement(num_workers, cpus, use_gpu, p.min_workers or most, most)
+
+
+def _slots(cluster: Cluster, use_gpu: bool, cpus_per_worker: int) -> int:
+    """Workers that fit, node by node."""
+    if use_gpu:
+        return sum(min(node.gpus, node.cpus // cpus_per_worker) for node in cluster.nodes)
+    return sum(node.cpus // cpus_per_worker for node in cluster.nodes)

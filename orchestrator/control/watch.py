@@ -1,0 +1,140 @@
+"""The driver's eye on a run: passes events on, ends workers that hang, calls workers off machines that go away."""
+
+from __future__ import annotations
+
+import _thread
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from orchestrator.config import GuardConfig
+from orchestrator.control.guard import Beat, Ending, Failure, FailureClass, Hang, Refusal, Watchdog
+from orchestrator.control.mailbox import Post, end_on
+from orchestrator.training.notices import Event, notice
+from orchestrator.training.ownership import Claim
+from orchestrator.training.pulse import Wish
+
+_log = logging.getLogger(__name__)
+
+_POLL_S = 0.25
+_DRAIN_POLL_S = 2.0
+_KILL_TIMEOUT_S = 30.0
+
+
+class Watch:
+    """A thread of the driver beside ``TorchTrainer.fit``; every error of its own is logged, and ends nothing."""
+
+    def __init__(self, mailbox: Any, limits: GuardConfig, owner: Claim, listen: Callable[[Event], None]) -> None:
+        self._mailbox, self._limits, self._owner, self._listen = mailbox, limits, owner, listen
+        self._watchdog = Watchdog(limits.hang_timeout_s)
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._lock = threading.Lock()
+        self._is_fitting = False
+        self._started_s: float | None = None  # on the mailbox's clock
+        self._drains_looked_at_s = 0.0
+        self._draining: set[str] = set()
+        self.gave_up = False  # fit was interrupted from here
+        self.refusal: Refusal | None = None
+
+    def start(self) -> None:
+        """From the main thread, just before ``fit``."""
+        self._is_fitting = True
+        self._thread.start()
+
+    def stop(self) -> None:
+        """``fit`` has returned: pass on what is left."""
+        with self._lock:
+            self._is_fitting = False
+        self._end.set()
+        self._thread.join(timeout=15)
+
+    def _run(self) -> None:
+        import ray
+
+        while True:
+            last_round = self._end.is_set()
+            with suppress(ray.exceptions.RayError):
+                post = ray.get(self._mailbox.take.remote(), timeout=30)
+                for event in post.events:
+                    with suppress(Exception):  # whatever goes wrong in showing the run must not end it
+                        self._listen(event)
+                if not last_round:
+                    try:
+                        self._look(post)
+                    except ray.exceptions.RayError:
+                        raise
+                    except Exception:
+                        _log.exception("the watch over the workers failed; it goes on")
+            if last_round:
+                return
+            self._end.wait(_POLL_S)
+
+    def _look(self, post: Post) -> None:
+        if self._owner.lost and post.refusal is None:
+            text = "this run was claimed by another driver: this one stops here, and the newer one goes on"
+            self._stop_run(Refusal(Ending.SUPERSEDED, text))
+        elif post.refusal is not None:
+            self._stop_run(post.refusal)
+        else:
+            self._look_for_workers(post)
+            hang = self._watchdog.look(post.now_s, post.group, post.beats)
+            if hang is not None and not post.has_failed:
+                threading.Thread(target=self._end_hang, args=(hang, post), name="end-hang", daemon=True).start()
+            self._look_for_drains(post)
+
+    def _look_for_workers(self, post: Post) -> None:
+        """Whether any worker is left: Ray itself waits for machines for ever."""
+        self._started_s = self._started_s or post.now_s
+        sign_s = max([self._started_s, *(beat.heard_s for beat in post.beats), post.begun_s if post.group else 0.0])
+        silent_s = post.now_s - sign_s
+        if silent_s > self._limits.wait_for_workers_s:
+            self._mailbox.give_up.remote(
+                f"no worker could be started for {silent_s:.0f} s (guard.wait_for_workers_s): the cluster has lost too "
+                "many machines, or others use them"
+            )
+
+    def _end_hang(self, hang: Hang, post: Post) -> None:
+        """Say who holds the others up and what it does, and kill it: Ray then starts the group again."""
+        late = hang.late[:8]
+        for beat in late:
+            place = post.places[beat.rank]
+            words = end_on(place, _KILL_TIMEOUT_S)
+            text = f"no progress for {hang.seconds:.0f} s: {_standing(beat, hang, post)}; {words}"
+            failure = Failure(FailureClass.INFRASTRUCTURE, str(place), text)
+            self._mailbox.failed.remote(post.group, beat.rank, failure)
+            self._mailbox.put.remote([notice(f"{failure}; all workers start again")])
+
+    def _look_for_drains(self, post: Post) -> None:
+        """Machines that are about to be taken away (Ray's drain state): a checkpoint, then elsewhere."""
+        if time.monotonic() - self._drains_looked_at_s < _DRAIN_POLL_S or not post.beats:
+            return
+        self._drains_looked_at_s = time.monotonic()
+        import ray
+
+        # Ray's own get_preemption_info() is a barrier of all workers; this asks its control store.
+        draining = set(ray._private.state.state.get_draining_nodes() or {})
+        ours = {place.node: place.host for place in post.places.values() if place.node in draining}
+        if ours:
+            self._mailbox.wish.remote(post.group, Wish.LEAVE)
+        for node in ours.keys() - self._draining:
+            self._listen(notice(f"node {node[:8]} ({ours[node]}) is going away: a checkpoint now, then on elsewhere"))
+        self._draining |= ours.keys()
+
+    def _stop_run(self, refusal: Refusal) -> None:
+        """Make ``fit`` return: Ray would start the workers again, only for them to hear that it is no use."""
+        with self._lock:
+            if not self._is_fitting or self.gave_up:
+                return
+            self.gave_up, self.refusal = True, refusal
+            _thread.interrupt_main(signal.SIGINT)
+
+
+def _standing(beat: Beat, hang: Hang, post: Post) -> str:
+    silence_s = post.now_s - beat.heard_s
+    where = f"in step {beat.step}, {beat.phase.name.lower()}"
+    return f"it gives no sign since {silence_s:.0f} s ({where})" if hang.silent else f"it has not come past {where}"
