@@ -31,7 +31,8 @@ from orchestrator.remote import stop_waiting
 from orchestrator.storage import Storage
 from orchestrator.training.checkpoint import Checkpoints, checkpoint_event, newest_journal
 from orchestrator.training.notices import Event
-from orchestrator.training.run import Outcome, SupersededError, data_digest, newest_attempt, run_storage
+from orchestrator.training.ownership import SupersededError, newest_attempt
+from orchestrator.training.run import Outcome, data_digest, run_storage
 
 Recipe = Callable[[], TrainConfig]
 EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
@@ -128,7 +129,7 @@ def run(command: Command) -> int:
         with contextlib.suppress(OSError, SystemExit):
             terminal.put(event)
 
-    status, outcome = RunStatus.FAILED, done
+    status, outcome, reason = RunStatus.FAILED, done, ""
     with Terminal(console, name=config.name, batch_size=config.batch.global_batch_size) as terminal:
         try:
             if outcome is None:
@@ -142,10 +143,13 @@ def run(command: Command) -> int:
         except SupersededError:
             status = RunStatus.RUNNING  # the MLflow run is the newer driver's now
             raise
+        except Exception as error:
+            reason = str(error)
+            raise
         finally:
             if tracker is not None and outcome is not None:
                 tracker.replay(newest_journal(run))  # whatever was lost between a worker and here
-            delivery = tracker.close(config.tracking.wait_s, status) if tracker else None
+            delivery = tracker.close(config.tracking.wait_s, status, reason) if tracker else None
             _keep_figure(run)
     _summary(console, config, outcome)
     if delivery is not None:

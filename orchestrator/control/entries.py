@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -53,6 +54,7 @@ class Account:
     def __init__(self) -> None:
         self._best_error = math.inf
         self._best = self._last = ""
+        self.step = -1  # of the last validation
 
     def entry(self, event: Mapping[str, Any]) -> Entry | None:
         """What to show of ``event``, such that MLflow cannot find it invalid; None for a kind that is not shown.
@@ -86,6 +88,7 @@ class Account:
         return Entry(kind, step, time_ms, metrics, tags)
 
     def _take_validation(self, step: int, metrics: dict[str, float]) -> None:
+        self.step = step
         error = metrics.get("validation_top1_error", math.nan)
         when = f"epoch {metrics[_EPOCH_KEY]:.4g}, step {step}" if _EPOCH_KEY in metrics else f"step {step}"
         if error < self._best_error:
@@ -109,6 +112,7 @@ def flattened(params: Mapping[str, object], prefix: str = "") -> Iterator[tuple[
             yield cleaned_key(f"{prefix}{name}"), cleaned_value(value)
 
 
+@functools.cache  # one string for all the events that wait: a run has few keys
 def cleaned_key(text: str) -> str:
     """``text`` as MLflow accepts it for a key."""
     return _FORBIDDEN_IN_KEY.sub("_", text)[:250]

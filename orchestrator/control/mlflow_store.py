@@ -26,6 +26,7 @@ from orchestrator.control.comparison import NOTE_TAG, DataNote, experiment_tags,
 
 _log = logging.getLogger(__name__)
 
+_FAILURE_TAG = "failure"
 _MAX_PARAMS_PER_CALL = 100
 _MONITOR_RETRY_S = 60.0
 _CHECK_TIMEOUT_S = 4.0
@@ -88,8 +89,13 @@ def masked(text: str) -> str:
 
 def one_line(error: Exception) -> str:
     """Kind and first line of an error, without credentials."""
-    text = masked(str(error)).strip().partition("\n")[0][:300]
+    text = first_line(str(error))[:300]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def first_line(text: str) -> str:
+    """The first line that says something, at most 500 characters, without credentials."""
+    return masked(text).strip().partition("\n")[0][:500]
 
 
 def _check_sqlite(uri: str) -> None:
@@ -168,14 +174,15 @@ class MlflowRun:
             self._describe(run)
             if self.run_id is not None:
                 _log.warning(
-                    "tracking of %s: the MLflow run %s was deleted; a new one has what comes from now on, and the whole"
-                    " journal when the training run is started again",
+                    "tracking of %s: the MLflow run %s was deleted, or its store was lost: a new one takes its place",
                     self.name,
                     self.run_id,
                 )
             self.run_id, self._is_dressed = run.info.run_id, False
         if run.info.status != "RUNNING":
             self._client.update_run(self.run_id, status="RUNNING")
+        if _FAILURE_TAG in run.data.tags:
+            self._client.delete_tag(self.run_id, _FAILURE_TAG)
         if not self._is_dressed:
             self._dress(run)
         # A call that timed out may still be stored after this reading. What is then sent again has the same key, step,
@@ -206,13 +213,15 @@ class MlflowRun:
         """Store a file at the top, where MLflow's comparison of runs finds it."""
         self._client.log_artifact(self.run_id, str(path))
 
-    def finish(self, status: str, end_time_ms: int | None) -> None:
-        """Set the run's status, as of ``end_time_ms`` (default: now); RUNNING leaves it open."""
+    def finish(self, status: str, end_time_ms: int | None, failure: str = "") -> None:
+        """Set the run's status, as of ``end_time_ms`` (default: now), and why it failed; RUNNING leaves it open."""
         if self._monitor is not None:
             self._monitor.finish()
             self._monitor = None
         if self._num_creations > 1:
             self._found_run()  # deletes the twin of a creation that was stored late
+        if failure:
+            self._client.set_tag(self.run_id, _FAILURE_TAG, failure)
         if status != "RUNNING":
             self._client.set_terminated(self.run_id, status=status, end_time=end_time_ms)
 
@@ -308,6 +317,7 @@ def _open(uri: str, experiment: str) -> tuple[Any, str]:
     if not uri:
         raise ValueError("no tracking URI")  # MLflow would make a database in the working directory
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # the job prints it
     # One short try: the tracker's own backoff does the rest and hears of close() meanwhile.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")

@@ -19,7 +19,7 @@ from typing import Any
 from orchestrator.control.comparison import DataNote
 from orchestrator.control.curves import Curve, EventKind, draw_curves
 from orchestrator.control.entries import RESERVED_KEYS, Account, Entry, RunStatus, flattened
-from orchestrator.control.mlflow_store import MlflowRun, check, default_uri, masked, one_line
+from orchestrator.control.mlflow_store import MlflowRun, check, default_uri, first_line, masked, one_line
 
 __all__ = ["Delivery", "RunStatus", "Tracker", "check", "default_uri"]
 
@@ -64,6 +64,9 @@ class Tracker:
     Of a step that was trained twice (resumed from an earlier checkpoint) MLflow keeps the values that came first.
     Infinite values are shown as NaN, since MLflow would store them as ±1.8e308. The MLflow run begins and ends with
     the first and last event, so that one rebuilt from the journal has the duration of the original.
+
+    What MLflow has taken and later lost (a deleted run, a store that was lost or restored from a copy) is sent again,
+    as far as the newest ``queue_limit`` events go; a replay of the journal brings the rest.
     """
 
     def __init__(
@@ -95,9 +98,11 @@ class Tracker:
         self._batch: list[Entry] = []  # taken from the queue and not yet known to be stored
         self._num_delivered = self._num_dropped = self._num_malformed = self._num_validations = 0
         self._account = Account()
+        self._oldest_ms: int | None = None
         self._newest_ms: int | None = None
         self._curve = Curve()
         self._status: RunStatus | None = None  # set by close(); from then on no event is taken
+        self._reason = ""
         self._error: str | None = None
 
         self._draw_lock = threading.Lock()
@@ -117,6 +122,7 @@ class Tracker:
             data=data,
         )
         self._held: dict[str, set[int]] = {}  # steps that MLflow holds, by metric key
+        self._shown: deque[Entry] = deque(maxlen=self._queue_limit)  # delivered, the newest last
         self._refused_keys: set[str] = set()
         self._num_uploaded_figures = 0
         self._told_result = ""
@@ -131,25 +137,31 @@ class Tracker:
 
         Beyond ``queue_limit`` waiting events the oldest *train* events are dropped and counted.
         """
-        self._accept(event, self._queue_limit)
+        self._accept(event, self._account, self._queue_limit)
 
     def replay(self, events: Iterable[dict[str, Any]]) -> None:
-        """Deliver the journal as found at a (re)start, before the first ``put``; what MLflow holds is not sent again.
+        """Deliver a journal, from its beginning; what MLflow holds is not sent again.
 
         Takes about 10 µs an event here and drops none. Raises only what iterating ``events`` raises.
         """
+        account = Account()  # the best of an earlier event is not that of those put since
         for event in events:
-            self._accept(event, None)
+            self._accept(event, account, None)
+        with self._lock:
+            if account.step >= self._account.step:
+                self._account = account
 
-    def close(self, timeout_s: float, status: RunStatus) -> Delivery:
+    def close(self, timeout_s: float, status: RunStatus, reason: str = "") -> Delivery:
         """Draw the last figure, deliver what is queued and set the run's status, all within about ``timeout_s``.
 
-        Events put after this are ignored. What is still pending then is given up; the journal has it.
+        ``reason``: why the run failed; its first line is the tag ``failure``, without credentials, until the run goes
+        on. Events put after this are ignored. What is still pending then is given up; the journal has it.
         """
         deadline_s = time.monotonic() + timeout_s
         with self._lock:
             is_first = self._status is None
-            self._status = self._status or status
+            if is_first:
+                self._status, self._reason = status, reason
         if is_first:
             # Here, so that there is a last figure even when the thread sits in a call that does not return.
             self._draw()
@@ -178,16 +190,17 @@ class Tracker:
                 where=self._run.where(),
             )
 
-    def _accept(self, event: dict[str, Any], limit: int | None) -> None:
+    def _accept(self, event: dict[str, Any], account: Account, limit: int | None) -> None:
         try:
             with self._lock:
-                entry = None if self._status is not None else self._account.entry(event)
+                entry = None if self._status is not None else account.entry(event)
                 if entry is None:
                     return
                 self._queue.append(entry)
                 if limit is not None and len(self._queue) > limit:
                     self._drop_oldest()
                 if entry.time_ms is not None:
+                    self._oldest_ms = min(entry.time_ms, self._oldest_ms or entry.time_ms)
                     self._newest_ms = max(entry.time_ms, self._newest_ms or 0)
                 self._num_validations += entry.kind is EventKind.VALIDATION
                 self._curve.add(event)
@@ -225,8 +238,7 @@ class Tracker:
             is_last = self._closing.is_set()
             try:
                 if not is_connected:
-                    self._held = {key: set() for key in RESERVED_KEYS} | self._run.connect(self._oldest_ms())
-                    self._told_result = ""
+                    self._connect()
                     is_connected = True
                 while not self._abandoned.is_set() and self._deliver_batch():
                     self._draw_if_due()
@@ -234,12 +246,13 @@ class Tracker:
                 if num_failures:
                     _log.info("tracking of %s: MLflow takes events again", self._name)
                 num_failures = 0
-                self._upload_figure()
                 status = self._status if is_last else RunStatus.RUNNING
                 assert status is not None
                 self._tell_result(status)
                 if is_last:
-                    self._run.finish(status.value, self._newest_ms)
+                    self._run.finish(status.value, self._newest_ms, first_line(self._reason))
+                self._upload_figure()  # last: a store of files has patience of its own
+                if is_last:
                     return
                 if self._wants_system_metrics:
                     self._run.watch_system()
@@ -261,10 +274,21 @@ class Tracker:
             else:
                 self._closing.wait(min(_MAX_BACKOFF_S, 2.0 ** min(num_failures - 1, 10)) if num_failures else _LINGER_S)
 
-    def _oldest_ms(self) -> int | None:
-        with self._lock:
-            times = (entry.time_ms for entry in (*self._batch, *self._queue))
-            return next((time_ms for time_ms in times if time_ms is not None), None)
+    def _connect(self) -> None:
+        """Find out what MLflow holds; what it had taken and has no more goes to the front of the queue."""
+        believed = self._held
+        found = self._run.connect(self._oldest_ms)
+        if any(
+            key in believed and entry.step not in found.get(key, ()) for entry in self._shown for key in entry.metrics
+        ):
+            _log.warning("tracking of %s: MLflow has lost events that it had taken: they are sent again", self._name)
+            with self._lock:
+                self._num_delivered -= len(self._shown)
+                self._queue.extendleft(reversed((*self._shown, *self._batch)))
+                self._batch = []
+            self._shown.clear()
+        self._held = {key: set() for key in RESERVED_KEYS} | found
+        self._num_uploaded_figures, self._told_result = 0, ""
 
     def _deliver_batch(self) -> bool:
         """Send the next events, in order; False when there are none. Raises whatever MLflow raises."""
@@ -288,6 +312,7 @@ class Tracker:
             self._run.log(metrics, tags)
         with self._lock:
             self._num_delivered += len(self._batch)
+            self._shown += self._batch
             self._batch = []
         return True
 
