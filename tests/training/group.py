@@ -25,9 +25,11 @@ from orchestrator.config import (
     ScheduleConfig,
     TrainConfig,
 )
+from orchestrator.data.sampling import SampleStream
 from orchestrator.data.shards import DataSet
 from orchestrator.storage import Storage
 from orchestrator.training.checkpoint import Checkpoints, Snapshot
+from orchestrator.training.meters import sample_checksum
 from orchestrator.training.ownership import claim
 from orchestrator.training.pulse import Pulse
 from orchestrator.training.run import finished, fix_identity
@@ -35,11 +37,12 @@ from orchestrator.training.trainer import train
 from orchestrator.world import World
 from tests.training.traps import Trap
 
-# A fork of a process that has imported everything starts in a moment. torch imports its compiler (1.5 s) when the first
-# optimizer is made.
+# A fork of a process that has imported everything starts in a moment: torch imports its compiler (1.5 s) with the first
+# optimizer, pyarrow imports pandas (0.5 s) with the first index.
 CONTEXT = multiprocessing.get_context("forkserver")
+_DALI = ("nvidia.dali.fn", "nvidia.dali.types", "nvidia.dali._debug_mode")
 CONTEXT.set_forkserver_preload(
-    ["torch._dynamo", "nvidia.dali.fn", "nvidia.dali.types", "orchestrator.control.supervisor", __name__]
+    ["torch._dynamo", "pandas", "PIL.JpegImagePlugin", *_DALI, "orchestrator.control.supervisor", __name__]
 )
 
 
@@ -169,7 +172,7 @@ def last_snapshot(run_path: Path) -> Snapshot:
 
 def history(journal: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The journal without what a clock says."""
-    clocks = {"images_per_s", "data_wait_share", "validation_s"}
+    clocks = {"images_per_s", "data_wait_share", "validation_s", "slowest_worker_ratio"}
     return [
         {
             k: ({m: x for m, x in v.items() if m not in clocks} if k == "metrics" else v)
@@ -186,7 +189,65 @@ def weights_digest(run_path: Path) -> str:
     return outcome.weights_sha256
 
 
-def _work(rank: int, size: int, rendezvous: str, config: dict[str, Any], attempt: int, events: str, trap: Trap | None) -> None:
+def trained_on(run_path: Path) -> dict[int, list[int]]:
+    """Images of each step (0-based), in the order of the workers; of a step that several starts did, the last time."""
+    steps: dict[int, dict[int, list[int]]] = {}
+    for attempt in sorted(int(p.stem.partition("-")[2]) for p in run_path.glob("events-*.jsonl")):
+        logs = {int(p.stem.rpartition("-")[2]): p for p in run_path.glob(f"samples-{attempt}-*.jsonl")}
+        lines = {rank: [json.loads(line) for line in log.read_text().splitlines()] for rank, log in logs.items()}
+        first = min((seen[0][0] for seen in lines.values() if seen), default=None)
+        if first is not None:  # this start went back to there
+            steps = {step: images for step, images in steps.items() if step < first}
+        for rank, seen in sorted(lines.items()):
+            for step, images in seen:
+                steps.setdefault(step, {})[rank] = images
+    return {step: [i for images in parts.values() for i in images] for step, parts in steps.items()}
+
+
+def check_samples(config: TrainConfig, run_path: Path) -> None:
+    """The workers' own logs and the journal's checksums hold the stream's samples in its order, each image once an epoch.
+
+    The stream is computed here, from the config and the number of images alone.
+    """
+    num_images = len(DataSet(Storage(config.data)).split("train"))
+    size, stream, seen = config.batch.global_batch_size, SampleStream(num_images, config.seed), trained_on(run_path)
+    journal = last_snapshot(run_path).journal
+    done = max(e["step"] for e in journal)
+    assert sorted(seen) == list(range(done))
+    images = np.array([seen[step] for step in range(done)]).reshape(-1)
+    positions = np.arange(done * size)
+    np.testing.assert_array_equal(images, stream.images(positions))
+    for epoch in range(done * size // num_images):
+        assert (np.bincount(images[epoch * num_images : (epoch + 1) * num_images], minlength=num_images) == 1).all()
+    start = 0
+    for event in (e for e in journal if e["kind"] == "train"):
+        these = slice(start * size, event["step"] * size)
+        checksum = sample_checksum(positions[these], stream.images(positions[these]))
+        assert event["samples"] == f"{checksum % 2**64:016x}", event
+        start = event["step"]
+    assert start == done
+
+
+def check_equal(run_path: Path, other: Path) -> None:
+    """Two finished runs are the same to the last bit: weights, momentum, policy, meters and every measurement."""
+    a, b = last_snapshot(run_path), last_snapshot(other)
+    assert weights_digest(run_path) == weights_digest(other)
+    assert a.tensors.keys() == b.tensors.keys()
+    assert any(name.startswith("momentum/") for name in a.tensors)
+    for name, tensor in a.tensors.items():
+        assert torch.equal(tensor, b.tensors[name]), name
+    assert (a.step, a.state) == (b.step, b.state)
+    assert history(a.journal) == history(b.journal)
+
+
+def fault_seeds() -> list[int]:
+    """Seeds of the fault suite: FAULT_SEEDS of them ("make test-faults"), else one."""
+    return list(range(int(os.environ.get("FAULT_SEEDS", "1"))))
+
+
+def _work(
+    rank: int, size: int, rendezvous: str, config: dict[str, Any], attempt: int, events: str, trap: Trap | None
+) -> None:
     torch.set_num_threads(1)
     folder = Path(events).parent
     pulse, notice = trap.arm(rank, folder) if trap else (Pulse(), lambda event: None)
