@@ -70,12 +70,15 @@ def assert_all_there(server: MlflowServer, experiment: str, events: list[Event],
 
 
 def test_put_does_not_wait_for_a_call(
-    server: MlflowServer, proxy: Proxy, experiment: str, tracker: MakeTracker
+    server: MlflowServer, proxy: Proxy, experiment: str, tracker: MakeTracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While the thread sits in a call that nobody answers, it holds nothing that a put needs."""
-    proxy.fate = lambda call: Fate.HOLD if call == "POST runs/log-batch" else Fate.PASS
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1000")
     one = tracker(proxy.uri, experiment=experiment)
-    put_all(one, journal(1, 20))
+    put_all(one, journal(1, 10))
+    wait_until(lambda: one._num_delivered == tracked(journal(1, 10)))
+    proxy.fate = lambda call: Fate.HOLD if call == "POST runs/log-batch" else Fate.PASS
+    put_all(one, journal(11, 20))
     wait_until(lambda: proxy.held["POST runs/log-batch"] == 1)
     calls = proxy.calls.total()
     putting = threading.Thread(target=put_all, args=(one, journal(21, 500)), daemon=True)
