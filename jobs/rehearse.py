@@ -129,7 +129,7 @@ def main() -> int:
     if unknown := [name for name in chosen if name not in _NAMES]:
         raise ValueError(f"unknown fault {', '.join(unknown)}: choose of {', '.join(_NAMES)}")
     if not options.storage:
-        raise ValueError("--storage is missing: give the URL of a folder that all nodes see")
+        raise ValueError("nowhere to rehearse: give --storage URL, a folder that all nodes see")
     if options.workers < 2:
         raise ValueError(f"--workers is {options.workers}: a rehearsal needs at least 2")
     if options.soak_s < 0 or options.mean_time_between_faults_s <= 0:
