@@ -205,7 +205,7 @@ def trained_on(run_path: Path) -> dict[int, list[int]]:
 
 
 def check_samples(config: TrainConfig, run_path: Path) -> None:
-    """The workers' own logs and the journal's checksums hold the stream's samples in its order, each image once an epoch.
+    """Each image once an epoch, in the order of the stream, by the workers' own logs and by the journal's checksums.
 
     The stream is computed here, from the config and the number of images alone.
     """
@@ -238,6 +238,11 @@ def check_equal(run_path: Path, other: Path) -> None:
         assert torch.equal(tensor, b.tensors[name]), name
     assert (a.step, a.state) == (b.step, b.state)
     assert history(a.journal) == history(b.journal)
+
+
+def farthest_number(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], kind: str = "") -> float:
+    """Largest difference of any number in any tensor whose name holds ``kind``, relative to the tensor's largest."""
+    return max(float((a[n] - b[n]).abs().max() / a[n].abs().max().clamp_min(1e-6)) for n in a if kind in n)
 
 
 def fault_seeds() -> list[int]:

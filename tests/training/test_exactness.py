@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from orchestrator.config import BatchConfig, ModelConfig, ScheduleConfig
-from orchestrator.models import Family
+from orchestrator.config import BatchConfig, ModelConfig, ScheduleConfig, TrainConfig
+from orchestrator.data.shards import Split
 from orchestrator.storage import Storage
 from orchestrator.training.checkpoint import Checkpoints
 from orchestrator.training.ownership import newest_attempt
+from orchestrator.training.run import run_storage
+from orchestrator.training.trainer import train
+from orchestrator.world import World
 from tests.training.group import (
+    CONTEXT,
     Group,
+    check_equal,
+    check_samples,
+    farthest_number,
     history,
     last_snapshot,
     open_run,
@@ -24,6 +34,7 @@ from tests.training.group import (
     take_number,
     weights_digest,
 )
+from tests.training.traps import Moment, Trap, kill
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
@@ -38,14 +49,8 @@ def test_killed_and_started_again_ends_with_the_same_bits(
     assert second.wait() == [0] * size
     started = next(e for e in second.events() if e["kind"] == "start")
     assert 3 <= started["step"] <= 5  # it went on, it did not begin again
-    whole, resumed = last_snapshot(undisturbed[size]), last_snapshot(second.run_path)
-    assert weights_digest(second.run_path) == weights_digest(undisturbed[size])
-    assert whole.tensors.keys() == resumed.tensors.keys()
-    assert any(name.startswith("momentum/") for name in whole.tensors)
-    for name, tensor in whole.tensors.items():
-        assert torch.equal(tensor, resumed.tensors[name]), name
-    assert whole.state == resumed.state
-    assert history(whole.journal) == history(resumed.journal)
+    check_equal(second.run_path, undisturbed[size])
+    check_samples(config, second.run_path)
 
 
 def test_a_run_decides_and_learns(undisturbed: dict[int, Path]) -> None:
@@ -54,11 +59,6 @@ def test_a_run_decides_and_learns(undisturbed: dict[int, Path]) -> None:
     assert any(e["kind"] == "decision" for e in journal)  # else exactness would be tested without a drop
     losses = [e["metrics"]["train_loss"] for e in journal if e["kind"] == "train"]
     assert sum(losses[-3:]) < sum(losses[:3])
-
-
-def farthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], kind: str) -> float:
-    """Largest difference of any number in any tensor whose name holds ``kind``, relative to the tensor's largest."""
-    return max(float((a[n] - b[n]).abs().max() / a[n].abs().max().clamp_min(1e-6)) for n in a if kind in n)
 
 
 def of_the_way(start: dict[str, torch.Tensor], a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
@@ -79,8 +79,8 @@ def test_other_numbers_of_workers_agree_up_to_rounding(size: int, undisturbed: d
         {r.step: c.load(r) for r in c.records()} for c in (open_run(undisturbed[1]), open_run(undisturbed[size]))
     )
     assert one.keys() == many.keys() == {2, 3, 4, 6, 8}
-    assert farthest(one[2].tensors, many[2].tensors, "") < 1e-5
-    assert farthest(one[8].tensors, many[8].tensors, "running_") < 1e-3
+    assert farthest_number(one[2].tensors, many[2].tensors) < 1e-5
+    assert farthest_number(one[8].tensors, many[8].tensors, "running_") < 1e-3
     assert of_the_way(one[2].tensors, one[8].tensors, many[8].tensors) < 0.03
     for a, b in zip(history(one[8].journal), history(many[8].journal), strict=True):
         assert (a["kind"], a["step"], a["epoch"]) == (b["kind"], b["step"], b["epoch"])
@@ -90,28 +90,17 @@ def test_other_numbers_of_workers_agree_up_to_rounding(size: int, undisturbed: d
             assert a["metrics"]["train_loss"] == pytest.approx(b["metrics"]["train_loss"], rel=1e-3)
 
 
-def test_workers_that_share_a_group_agree_with_one_worker(prepared: Path, tmp_path: Path) -> None:
-    runs = []
-    for size in (1, 3):
-        config = small_config(prepared, tmp_path, f"w{size}", batch=BatchConfig(24, 24))
-        rhythm = replace(config.rhythm, checkpoint_every_steps=1)
-        config = replace(config, rhythm=rhythm, schedule=ScheduleConfig(max_steps=3, lr=0.002))
-        checkpoints = open_run(run_to_end(config, size))
-        runs.append({r.step: checkpoints.load(r).tensors for r in checkpoints.records()})
-    one, three = runs
-    assert farthest(one[1], three[1], "") < 1e-4
-    assert farthest(one[3], three[3], "running_") < 1e-3
+def tiny_config(data: Path, storage: Path, name: str, batch: BatchConfig, **rhythm: float) -> TrainConfig:
+    config = small_config(data, storage, name, model=ModelConfig(factory="tests.training.networks:tiny"), batch=batch)
+    return replace(config, rhythm=replace(config.rhythm, **rhythm))
 
 
 def test_dropout_is_a_function_of_the_step(prepared: Path, tmp_path: Path) -> None:
-    """VGG draws its dropout from (seed, step, group): a resumed run draws the same."""
-    fields = {"model": ModelConfig(family=Family.VGG, depth=16), "schedule": ScheduleConfig(max_steps=2, lr=1e-7)}
-    config = small_config(prepared, tmp_path, "whole", batch=BatchConfig(2, 1), **fields)
-    rhythm = replace(config.rhythm, checkpoint_every_steps=1, validate_every_epochs=1000.0)
-    config = replace(config, rhythm=rhythm)
-    whole = run_to_end(config, 1)
-    halted = replace(config, name="halted")
-    Group(halted, 1).kill_when(lambda e: e["kind"] == "checkpoint" and e["step"] == 1)
+    """It is drawn from (seed, step, group): a resumed run draws the same."""
+    config = tiny_config(prepared, tmp_path, "whole", BatchConfig(4, 2), checkpoint_every_steps=1)
+    config = replace(config, schedule=replace(config.schedule, max_steps=2))
+    whole, halted = run_to_end(config, 1), replace(config, name="halted")
+    Group(halted, 1, Trap(Moment.RECORD, 1)).wait_for_trap()
     second = Group(halted, 1)
     assert second.wait() == [0]
     assert next(e for e in second.events() if e["kind"] == "start")["step"] == 1
@@ -120,15 +109,43 @@ def test_dropout_is_a_function_of_the_step(prepared: Path, tmp_path: Path) -> No
 
 def test_a_measurement_that_was_interrupted_is_finished(prepared: Path, tmp_path: Path) -> None:
     """Sums since the last measurement are in the checkpoint: step 6 lies between the measurements of 4 and 8."""
-    config = small_config(prepared, tmp_path, "whole")
-    config = replace(config, rhythm=replace(config.rhythm, log_every_steps=4))
-    whole = run_to_end(config, 1)
-    halted = replace(config, name="halted")
-    Group(halted, 1).kill_when(lambda e: e["kind"] == "checkpoint" and e["step"] == 6)
+    config = tiny_config(prepared, tmp_path, "whole", BatchConfig(24, 8), log_every_steps=4)
+    whole, halted = run_to_end(config, 1), replace(config, name="halted")
+    Group(halted, 1, Trap(Moment.RECORD, 6)).wait_for_trap()
     second = Group(halted, 1)
     assert second.wait() == [0]
     assert next(e for e in second.events() if e["kind"] == "start")["step"] == 6
     assert history(last_snapshot(second.run_path).journal) == history(last_snapshot(whole).journal)
+
+
+def first_reads(config: TrainConfig, told: Path) -> None:
+    """Goes on with a run up to the end of one step; tells its number and the images read until then. In a child."""
+    read, counts = Split.read, Counter[str]()
+
+    def counting(self: Split, indices: np.ndarray) -> list[np.ndarray]:
+        counts[self.name] += len(indices)
+        return read(self, indices)
+
+    def seen(step: int, images: np.ndarray) -> None:
+        told.write_text(json.dumps([step, counts]))
+        kill()
+
+    Split.read = counting  # type: ignore[method-assign]
+    train(config, World(), attempt=take_number(run_storage(config)), cpus=1, seen=seen)
+
+
+@pytest.mark.parametrize("step", [1, 95])
+def test_resuming_reads_no_more_late_in_an_epoch(step: int, prepared: Path, tmp_path: Path) -> None:
+    """At 1 % and 99 % of an epoch of 96 images: what the input side works ahead, and nothing that was seen before."""
+    rhythm = {"checkpoint_every_steps": step, "validate_every_epochs": 100.0}
+    config = tiny_config(prepared, tmp_path, "halted", BatchConfig(1, 1), **rhythm)
+    config = replace(config, schedule=replace(config.schedule, max_steps=200))
+    Group(config, 1, Trap(Moment.RECORD, step)).wait_for_trap()
+    told = tmp_path / "reads.json"
+    process = CONTEXT.Process(target=first_reads, args=(config, told))
+    process.start()
+    process.join(120)
+    assert json.loads(told.read_text()) == [step, {"train": config.placement.prefetch_batches}]
 
 
 def refusal(group: Group) -> str:
@@ -160,7 +177,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spoils_nothing(prepared: Pa
 
 
 def test_a_superseded_group_stops(prepared: Path, tmp_path: Path) -> None:
-    config = small_config(prepared, tmp_path, "two", schedule=ScheduleConfig(max_steps=60, lr=0.003))
+    config = tiny_config(prepared, tmp_path, "two", BatchConfig(24, 8))
+    config = replace(config, schedule=ScheduleConfig(max_steps=5000, lr=0.003))
     first = Group(config, 1)
     deadline_s = time.monotonic() + 120
     while not open_run(first.run_path).records():
@@ -168,4 +186,4 @@ def test_a_superseded_group_stops(prepared: Path, tmp_path: Path) -> None:
         time.sleep(0.05)
     take_number(Storage(str(first.run_path)))
     assert "was started again (start number 2)" in refusal(first)
-    assert open_run(first.run_path).records()[-1].step < 60
+    assert open_run(first.run_path).records()[-1].step < 5000
