@@ -30,6 +30,7 @@ from orchestrator.control.tracking import check as check_tracking
 from orchestrator.remote import stop_waiting
 from orchestrator.storage import Storage
 from orchestrator.training.checkpoint import Checkpoints, checkpoint_event, newest_journal
+from orchestrator.training.failures import NotFiniteError, PreemptedError
 from orchestrator.training.notices import Event
 from orchestrator.training.ownership import SupersededError, newest_attempt
 from orchestrator.training.run import Outcome, data_digest, run_storage
@@ -188,7 +189,7 @@ def exit_code(job: Callable[[], int], interrupted: str = _GOES_ON) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
-    except (supervisor.RunFailedError, SupersededError, OSError) as error:
+    except (supervisor.RunFailedError, SupersededError, NotFiniteError, PreemptedError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:

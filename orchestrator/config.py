@@ -467,6 +467,11 @@ def _check(config: TrainConfig) -> None:
         wrong.append("schedule.policy steps needs schedule.drop_steps")
     if s.warmup is WarmupKind.LINEAR and s.warmup_steps < 1:
         wrong.append("schedule.warmup linear needs schedule.warmup_steps")
+    if config.placement.min_workers > config.placement.num_workers > 0:
+        wrong.append(
+            f"placement.min_workers {config.placement.min_workers} is more than placement.num_workers "
+            f"{config.placement.num_workers}"
+        )
     if config.name and (config.name.startswith(".") or "/" in config.name or "\\" in config.name):
         wrong.append(f"name {config.name!r} must be a plain folder name")
     if wrong:

@@ -64,6 +64,7 @@ class Post:
 @dataclass
 class _Group:
     name: str = ""
+    size: int = 0
     places: dict[int, Place] = field(default_factory=dict)
     beats: dict[int, Beat] = field(default_factory=dict)
     failed: set[int] = field(default_factory=set)
@@ -88,9 +89,11 @@ class Mailbox:
             old = self._group
             silent = [str(p) for rank, p in sorted(old.places.items()) if rank not in old.failed]
             self._guard.begin(size, silent)
-            if silent and self._guard.num_groups > 1:
-                self._events.append(notice(f"{', '.join(silent[:8])} ended without a word: killed, or moved by Ray"))
-            self._group = _Group(group)
+            if old.places and not old.failed and size != old.size:
+                self._events.append(notice(f"Ray changes the number of workers from {old.size} to {size}"))
+            elif silent:
+                self._events.append(notice(f"{', '.join(silent[:8])} ended without a word; all workers start again"))
+            self._group = _Group(group, size)
         self._group.places[place.rank] = place
         self._group.begun_s = time.monotonic()
         if len(self._group.places) == size:
@@ -112,11 +115,17 @@ class Mailbox:
         return self._guard.refusal is None
 
     def beat(self, group: str, beat: dict[str, Any]) -> Wish:
-        """A sign of life; what is wished of the worker."""
-        if group != self._group.name:
+        """A sign of life; what is wished of the worker. A checkpoint is asked of the first one, once."""
+        g = self._group
+        if group != g.name:
             return Wish.NONE
-        self._group.beats[beat["rank"]] = Beat(**beat, heard_s=time.monotonic())
-        return self._group.wish
+        g.beats[beat["rank"]] = Beat(**beat, heard_s=time.monotonic())
+        if g.wish is Wish.SAVE:
+            if beat["rank"] != 0:
+                return Wish.NONE
+            g.wish = Wish.NONE
+            return Wish.SAVE
+        return g.wish
 
     def end(self, group: str) -> None:
         """The workers of ``group`` have done all."""
@@ -179,7 +188,8 @@ class Heart:
             beat = {"rank": self._place.rank, "step": pulse.step, "phase": pulse.phase, "count": pulse.count}
             beat["waits_for_storage"] = pulse.waits_for_storage or is_waiting()
             with suppress(ray.exceptions.RayError):  # the driver is gone, or busy: not this worker's affair
-                pulse.wish = ray.get(self._mailbox.beat.remote(self._group, beat), timeout=30)
+                wish = ray.get(self._mailbox.beat.remote(self._group, beat), timeout=30)
+                pulse.wish = max(pulse.wish, wish)
             self._end.wait(self._interval_s)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from orchestrator.config import TrainConfig
 from orchestrator.control import checks
-from orchestrator.control.guard import Ending, Refusal, classify
+from orchestrator.control.guard import Ending, FailureClass, Refusal, classify
 from orchestrator.control.mailbox import Heart, Mailbox, Place, failure_of
 from orchestrator.control.placement import Placement, place
 from orchestrator.control.watch import Watch
@@ -126,6 +126,8 @@ def _begin(config: TrainConfig, data: DataSet, run: Storage, listen: Listener) -
 
 def _fit(config: TrainConfig, placement: Placement, run: Storage, owner: Claim, listen: Listener) -> Outcome:
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    if placement.is_elastic:  # after a node was lost Ray waits so long for it before it takes fewer workers
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -163,7 +165,7 @@ def _fit(config: TrainConfig, placement: Placement, run: Storage, owner: Claim, 
             failure_config=FailureConfig(max_failures=-1, controller_failure_limit=-1),
         ),
     )
-    watch = Watch(mailbox, limits, owner, listen)
+    watch = Watch(mailbox, limits, placement, owner, listen)
     failure: Exception | None = None
     on_interrupt = signal.getsignal(signal.SIGINT)
     try:
@@ -246,7 +248,8 @@ def _work(settings: dict[str, Any]) -> None:
                 str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {_cause(error)}{_at(error)}"
             )
             failure = failure_of(error, kind, here, pulse, text)
-            if ray.get(mailbox.failed.remote(group, here.rank, failure)):
+            goes_on = ray.get(mailbox.failed.remote(group, here.rank, failure))
+            if goes_on and (kind is not FailureClass.PREEMPTED or here.rank == 0):
                 ray.get(mailbox.put.remote([notice(f"{failure}; all workers start again")]))
             raise
 
@@ -284,4 +287,5 @@ def _cause(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
-    return lines[0 if type(error).__module__ == "builtins" else -1][:300]
+    line = lines[0 if type(error).__module__ == "builtins" else -1]
+    return line.partition(". This is typically caused")[0][:300]  # gloo's advice

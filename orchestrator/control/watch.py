@@ -14,6 +14,7 @@ from typing import Any
 from orchestrator.config import GuardConfig
 from orchestrator.control.guard import Beat, Ending, Failure, FailureClass, Hang, Refusal, Watchdog
 from orchestrator.control.mailbox import Post, end_on
+from orchestrator.control.placement import Placement
 from orchestrator.training.notices import Event, notice
 from orchestrator.training.ownership import Claim
 from orchestrator.training.pulse import Wish
@@ -21,22 +22,31 @@ from orchestrator.training.pulse import Wish
 _log = logging.getLogger(__name__)
 
 _POLL_S = 0.25
-_DRAIN_POLL_S = 2.0
+_NODES_POLL_S = 2.0
+_SAVE_EVERY_S = 10.0
 _KILL_TIMEOUT_S = 30.0
 
 
 class Watch:
     """A thread of the driver beside ``TorchTrainer.fit``; every error of its own is logged, and ends nothing."""
 
-    def __init__(self, mailbox: Any, limits: GuardConfig, owner: Claim, listen: Callable[[Event], None]) -> None:
-        self._mailbox, self._limits, self._owner, self._listen = mailbox, limits, owner, listen
+    def __init__(
+        self,
+        mailbox: Any,
+        limits: GuardConfig,
+        placement: Placement,
+        owner: Claim,
+        listen: Callable[[Event], None],
+    ) -> None:
+        self._mailbox, self._limits, self._placement, self._owner = mailbox, limits, placement, owner
+        self._listen = listen
         self._watchdog = Watchdog(limits.hang_timeout_s)
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._lock = threading.Lock()
         self._is_fitting = False
         self._started_s: float | None = None  # on the mailbox's clock
-        self._drains_looked_at_s = 0.0
+        self._nodes_looked_at_s = self._saved_s = 0.0
         self._draining: set[str] = set()
         self.gave_up = False  # fit was interrupted from here
         self.refusal: Refusal | None = None
@@ -85,7 +95,10 @@ class Watch:
             hang = self._watchdog.look(post.now_s, post.group, post.beats)
             if hang is not None and not post.has_failed:
                 threading.Thread(target=self._end_hang, args=(hang, post), name="end-hang", daemon=True).start()
-            self._look_for_drains(post)
+            if post.beats and time.monotonic() - self._nodes_looked_at_s > _NODES_POLL_S:
+                self._nodes_looked_at_s = time.monotonic()
+                self._look_for_drains(post)
+                self._look_for_room(post)
 
     def _look_for_workers(self, post: Post) -> None:
         """Whether any worker is left: Ray itself waits for machines for ever."""
@@ -111,9 +124,6 @@ class Watch:
 
     def _look_for_drains(self, post: Post) -> None:
         """Machines that are about to be taken away (Ray's drain state): a checkpoint, then elsewhere."""
-        if time.monotonic() - self._drains_looked_at_s < _DRAIN_POLL_S or not post.beats:
-            return
-        self._drains_looked_at_s = time.monotonic()
         import ray
 
         # Ray's own get_preemption_info() is a barrier of all workers; this asks its control store.
@@ -124,6 +134,19 @@ class Watch:
         for node in ours.keys() - self._draining:
             self._listen(notice(f"node {node[:8]} ({ours[node]}) is going away: a checkpoint now, then on elsewhere"))
         self._draining |= ours.keys()
+
+    def _look_for_room(self, post: Post) -> None:
+        """Ray enlarges an elastic group at its own time and without a word: a checkpoint is not to be old then."""
+        p = self._placement
+        if not p.is_elastic or len(post.places) >= p.most_workers:
+            return
+        import ray
+
+        free = ray.available_resources()
+        has_room = free.get("CPU", 0) >= p.cpus_per_worker and free.get("GPU", 0) >= p.use_gpu
+        if has_room and time.monotonic() - self._saved_s > _SAVE_EVERY_S:
+            self._saved_s = time.monotonic()
+            self._mailbox.wish.remote(post.group, Wish.SAVE)
 
     def _stop_run(self, refusal: Refusal) -> None:
         """Make ``fit`` return: Ray would start the workers again, only for them to hear that it is no use."""

@@ -34,13 +34,20 @@ class Pulse:
 
     def __init__(self) -> None:
         self.step, self.phase, self.count = 0, Phase.START, 0
-        self.wish = Wish.NONE  # written from outside
+        self.wish = Wish.NONE  # written from outside, any thread
         self.waits_for_storage = False
 
     def at(self, phase: Phase, step: int) -> None:
         """The worker is now in ``phase`` of ``step`` (0-based number of the step that is being done)."""
         self.step, self.phase = step, phase
         self.count += 1
+
+    def take_wish(self) -> Wish:
+        """What is wished now. A checkpoint is wished once; a wish to leave stays."""
+        wish = self.wish
+        if wish is Wish.SAVE:
+            self.wish = Wish.NONE
+        return wish
 
     def alive(self) -> None:
         """Still in the same phase, and not stuck."""

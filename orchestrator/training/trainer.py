@@ -118,6 +118,8 @@ def train(
         keep_last=rhythm.keep_last,
         notice=lambda text: tell(notice(text)),
         published=lambda record, is_best: tell(checkpoint_event(run, record, is_best=is_best)),
+        patience_s=config.guard.storage_patience_s,
+        waiting=lambda waits: setattr(pulse, "waits_for_storage", waits),
     )
     snapshot = _agreed_snapshot(checkpoints, world)
     step, skipped, policy, totals, journal = 0, 0, PolicyState(), Totals(), list[Event]()
@@ -164,7 +166,7 @@ def train(
         seen(step, batch.indices)
         step += 1
         clock.stepped(batch_size)
-        wish = Wish(agreement.ask(pulse.wish))
+        wish = Wish(agreement.ask(pulse.take_wish()))
         if clock.progress_due():
             tell({"kind": "progress", "step": step, "learning_rate": take_step.optimizer.lr, **clock.speed()})
 
@@ -219,7 +221,9 @@ def train(
         if wish is Wish.LEAVE and not (last or policy.stop):
             checkpoints.close()
             world.barrier()
-            raise PreemptedError(f"run {config.name!r} left its place at step {step}, whose checkpoint is kept")
+            raise PreemptedError(
+                f"run {config.name!r} left its place at step {step}, whose checkpoint is kept: the same command goes on"
+            )
 
     # -- the end ----------------------------------------------------------------------------------------------------
     pulse.at(Phase.END, step)
