@@ -26,7 +26,7 @@ from concurrent.futures import wait as wait_for
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, NoReturn
 from weakref import WeakSet
 
 import safetensors.torch
@@ -232,7 +232,8 @@ class Checkpoints:
         self._kept_step = record.step
         its_best = None
         try:
-            its_best = self._collect(record)
+            its_best = self._collect(record.step, ahead=True)
+            self._delete_orphans(self._attempt)  # what could not be deleted the last time
         except OSError as error:  # the checkpoint itself is stored
             self._notice(f"old checkpoints cannot be deleted ({error}): tried again with the next one")
         self._published(record, its_best is not None and its_best.name == record.name)
@@ -262,7 +263,7 @@ class Checkpoints:
                 self._clear(record, cause)
             left_s = self._patience_s - (time.monotonic() - failed_s)
             if is_away or left_s <= 0 or _ENDING.is_set():
-                raise self._failure(step, _since(failed_s), cause, contents) from cause
+                self._give_up(step, _since(failed_s), cause, contents)
             tries += 1
             if tries == 1:
                 self._notice(
@@ -295,7 +296,7 @@ class Checkpoints:
             if cause.errno in _FULL:
                 self.collect_orphans()
 
-    def _failure(self, step: int, waited_s: str, cause: OSError, contents: dict[str, bytes]) -> StorageFailedError:
+    def _give_up(self, step: int, waited_s: str, cause: OSError, contents: dict[str, bytes]) -> NoReturn:
         room, advice = "", "mend the storage"
         if cause.errno in _FULL:
             needs, free = sum(map(len, contents.values())), None
@@ -304,10 +305,10 @@ class Checkpoints:
             if free is not None:
                 room = f"; {free / 1e6:.1f} MB are free, {needs / 1e6:.1f} MB needed"
             advice = "make room"
-        return StorageFailedError(
+        raise StorageFailedError(
             f"run {self._run.url}: the checkpoint of step {step} could not be stored for {waited_s} s ({cause}{room}): "
             f"training stops, and {self._kept()}; {advice}, then the same command goes on"
-        )
+        ) from cause
 
     def _kept(self) -> str:
         if self._kept_step is None:
@@ -320,34 +321,41 @@ class Checkpoints:
         self._run.delete(folder)
 
     def collect_orphans(self) -> None:
-        """Delete what interrupted uploads of earlier starts have left. For the one writer, before it writes.
+        """Delete what earlier starts have left: of interrupted uploads, and beyond what is kept. For the one writer.
 
-        A folder whose record is there stays, also where that cannot be read.
+        Before it writes: behind the checkpoint that it has gone on from. A folder whose record is there stays, also
+        where that cannot be read.
         """
         check_ownership(self._run, self._attempt)
+        self._delete_orphans(self._attempt - 1)
+        self._run.delete_fragments("checkpoints")
+        if self._kept_step is not None:
+            self._collect(self._kept_step, ahead=False)
+
+    def _delete_orphans(self, last_attempt: int) -> None:
         recorded = {name.removesuffix(".json") for name in self._record_names()}
         for folder in self._run.folders("checkpoints"):
             attempt = PurePosixPath(folder).name.partition("-a")[2]
-            if attempt.isdigit() and int(attempt) < self._attempt and folder not in recorded:
+            if attempt.isdigit() and int(attempt) <= last_attempt and folder not in recorded:
                 self._run.delete(folder)
-        self._run.delete_fragments("checkpoints")
 
-    def _collect(self, newest: CommitRecord) -> CommitRecord | None:
-        """Delete all but the last ones up to ``newest`` and the best, which it returns.
+    def _collect(self, step: int, *, ahead: bool) -> CommitRecord | None:
+        """Delete all but the last ones up to ``step`` and the best, which it returns.
 
-        Those ahead of ``newest`` turned out damaged, or are a superseded driver's: the run has gone back behind them. A
-        record that cannot be read stays until it is older than all that are kept: it may stand for a sound checkpoint.
+        ahead: those past ``step`` too. They turned out damaged, or are a superseded driver's: the run has gone back
+        behind them. A record that cannot be read stays until it is older than all that are kept: it may stand for a
+        sound checkpoint.
         """
         readable = self._readable()
         count = counting(readable)
-        its_best, last = best(count), [r for r in count if r.step <= newest.step][-self._keep_last :]
+        its_best, last = best(count), [r for r in count if r.step <= step][-self._keep_last :]
         keep = {r.name for r in last} | ({its_best.name} if its_best else set())
+        oldest = min((r.folder for r in last), default="")
         unreadable = set(self._record_names()) - {r.name for r in readable}
-        oldest = min((r.folder for r in last), default=newest.folder)
-        for name in [r.name for r in readable] + sorted(name for name in unreadable if name < oldest):
-            if name not in keep:
-                check_ownership(self._run, self._attempt)
-                self._remove(name.removesuffix(".json"))
+        drop = [r.name for r in readable if r.name not in keep and (ahead or r.step <= step)]
+        for name in drop + sorted(name for name in unreadable if name < oldest):
+            check_ownership(self._run, self._attempt)
+            self._remove(name.removesuffix(".json"))
         return its_best
 
 

@@ -132,6 +132,10 @@ def _read_patiently(run: Storage, number: int) -> Start | None:
     return start
 
 
+# Tokens of the claims that this process holds.
+_HELD: set[str] = set()
+
+
 # -- a driver's claim -----------------------------------------------------------------------------------------------
 
 
@@ -170,6 +174,7 @@ class Claim:
         self.number, self.token, self.lost = number, token, False
         self._run, self._interval_s = run, lease_s / _BEATS_PER_LEASE
         self._end = threading.Event()
+        _HELD.add(token)
         self._thread = threading.Thread(target=self._live, name="lease", daemon=True)
         self._thread.start()
 
@@ -181,6 +186,7 @@ class Claim:
 
     def release(self) -> None:
         """Say that this driver has ended: the next one need not wait. May be called twice."""
+        _HELD.discard(self.token)
         self._end.set()
         self._thread.join(_RELEASE_S)
 
@@ -289,7 +295,9 @@ def _process_lives(start: Start) -> bool | None:
     started = _started(start.pid)
     if started is None or not start.started:
         return None  # /proc does not show other users' processes everywhere
-    return started == start.started
+    if started != start.started:
+        return False
+    return start.pid != os.getpid() or start.token in _HELD  # a claim of this process may have failed half-way
 
 
 def _started(pid: int) -> str | None:

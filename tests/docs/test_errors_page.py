@@ -23,10 +23,10 @@ GAP = "…"
 
 ERRORS = {
     *("ValueError", "StoreRefusedError", "StoreUnreachableError", "RunFailedError", "SupersededError", "DigestError"),
-    *("OSError", "PermissionError", "FileNotFoundError", "RuntimeError"),
+    *("StorageFailedError", "OSError", "PermissionError", "FileNotFoundError", "RuntimeError"),
 }
 # Functions and methods whose first text is a message; lists that gather messages; tables of (pattern, message).
-TELLERS = {"notice", "_notice", "problem", "warning", "add", "first", "_missing"}
+TELLERS = {"notice", "_notice", "tell", "problem", "warning", "add", "first", "_missing"}
 GATHERED = {"wrong", "warnings", "notes"}
 TABLES = {"_SETTINGS", "_TRANSIENT"}
 PRINTED = ("error: ", "warning: ", "note: ", "interrupted: ", "damaged: ")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import json
 import multiprocessing
 from pathlib import Path
@@ -9,14 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from orchestrator.data.shards import DataSet
 from orchestrator.storage import Storage
 from orchestrator.training.checkpoint import (
     Checkpoints,
     Snapshot,
     newest_journal,
 )
+from orchestrator.training.commit_record import CommitRecord, counting
 from orchestrator.training.ownership import SupersededError, newest_attempt
-from tests.training.group import take_number
+from orchestrator.training.run import check_identity, data_digest, finished, fix_identity
+from tests.training.group import CONTEXT, small_config, take_number
 
 
 def snapshot(step: int, error: float | None = None) -> Snapshot:
@@ -166,16 +171,15 @@ def take_numbers(url: str, count: int, numbers: multiprocessing.Queue) -> None: 
 
 
 def test_attempts_are_numbered_without_gaps_or_repeats(run: Storage) -> None:
-    context = multiprocessing.get_context("spawn")
-    numbers: multiprocessing.Queue[int] = context.Queue()
-    processes = [context.Process(target=take_numbers, args=(run.url, 10, numbers)) for _ in range(3)]
+    numbers: multiprocessing.Queue[int] = CONTEXT.Queue()
+    processes = [CONTEXT.Process(target=take_numbers, args=(run.url, 4, numbers)) for _ in range(3)]
     for process in processes:
         process.start()
-    taken = sorted(numbers.get(timeout=60) for _ in range(30))
+    taken = sorted(numbers.get(timeout=60) for _ in range(12))
     for process in processes:
         process.join()
-    assert taken == list(range(1, 31))
-    assert newest_attempt(run) == 30
+    assert taken == list(range(1, 13))
+    assert newest_attempt(run) == 12
 
 
 def test_a_failing_store_is_an_error_and_leaves_the_last_good_state(run: Storage) -> None:
@@ -201,3 +205,142 @@ def test_nothing_in_a_checkpoint_is_pickled(run: Storage) -> None:
     folder = run.folders("checkpoints")[0]
     assert {f.rsplit("/", 1)[1] for f in run.files(folder)} == {"tensors.safetensors", "state.json", "journal.jsonl"}
     json.loads(run.read("checkpoints/000000010-a000001.json"))
+
+
+# -- superseded starts ----------------------------------------------------------------------------------------------
+
+
+def record(step: int, attempt: int, *starts: tuple[int, int]) -> CommitRecord:
+    return CommitRecord(step, attempt, {}, starts)
+
+
+def test_records_count_that_led_to_the_newest() -> None:
+    one, two = ((1, 0),), ((1, 0), (2, 200))
+    first = [record(step, 1, *one) for step in (100, 200, 300)]
+    assert [r.step for r in counting(first)] == [100, 200, 300]
+    # Start 2 went on from 200 (300 was damaged, or came late): 300 of start 1 is on no way to anything.
+    newest = record(250, 2, *two)
+    assert [(r.step, r.attempt) for r in counting([newest, *first])] == [(100, 1), (200, 1), (250, 2)]
+    # Start 3 went on from 200 too: what start 2 still published is void.
+    third = record(220, 3, *two, (3, 200))
+    assert [(r.step, r.attempt) for r in counting([*first, newest, third])] == [(100, 1), (200, 1), (220, 3)]
+    # Of one step the later start's.
+    again = record(200, 2, *two)
+    assert [(r.step, r.attempt) for r in counting([*first[:2], again])] == [(100, 1), (200, 2)]
+    assert counting([]) == []
+
+
+def test_a_late_record_of_a_superseded_driver_is_ignored_and_collected(run: Storage) -> None:
+    saved(run, 10, 20)
+    old, _ = open_run(run, attempt=1)
+    assert old.newest() is not None
+    owner, _ = open_run(run)
+    assert owner.newest() is not None
+    owner.save(snapshot(25))
+    owner.wait()
+    # It had looked whose the run was just before that, and was stopped for a while.
+    late = CommitRecord.from_bytes(run.read("checkpoints/000000020-a000001.json"), "checkpoints/000000020-a000001.json")
+    late = dataclasses.replace(late, step=40, validation_top1_error=0.0)
+    for name in late.files:
+        run.publish(f"{late.folder}/{name}", run.read(f"checkpoints/000000020-a000001/{name}"))
+    run.publish(late.name, late.to_bytes())
+    reader, notices = open_run(run, attempt=0)
+    assert [r.step for r in reader.records()] == [20, 25]
+    assert reader.best() is None
+    found = reader.newest()
+    assert found is not None
+    assert (found.step, len(newest_journal(run)), notices) == (25, 25, [])
+    owner.save(snapshot(30))
+    owner.wait()
+    assert not run.exists(late.name)
+    assert len(run.folders("checkpoints")) == 2
+
+
+def test_a_run_that_went_back_does_not_return_to_what_lay_ahead(run: Storage) -> None:
+    """The checkpoint that could not be read comes back: restored by somebody, after the run has gone on without it."""
+    saved(run, 10, 20)
+    state = Path(run.path("checkpoints/000000020-a000001/state.json"))
+    state.rename(state.with_name("away"))
+    second, notices = open_run(run, keep_last=5)
+    found = second.newest()
+    assert found is not None
+    assert found.step == 10
+    assert "checkpoint of step 20 is not usable" in notices[0]
+    second.save(snapshot(15))
+    second.wait()
+    assert [(r.step, r.attempt, r.starts) for r in second.records()] == [
+        (10, 1, ((1, 0),)),
+        (15, 2, ((1, 0), (2, 10))),
+    ]
+
+
+def test_a_commit_record_is_verified_too(run: Storage) -> None:
+    saved(run, 10, 20)
+    path = Path(run.path("checkpoints/000000020-a000001.json"))
+    text = path.read_text()
+    path.write_text(text.replace('"validation_top1_error": null', '"validation_top1_error": 1.5'))
+    reader, notices = open_run(run, attempt=0)
+    assert [r.step for r in reader.records()] == [10]
+    assert "its SHA-256 is not right" in notices[0]
+    path.write_text(text)
+    path.rename(path.with_name("000000030-a000001.json"))
+    reader, notices = open_run(run, attempt=0)
+    assert [r.step for r in reader.records()] == [10]
+    assert "it belongs to checkpoints/000000020-a000001.json" in notices[0]
+
+
+def test_an_error_of_the_store_is_no_damage(run: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Going back because a disk did not answer would give steps up for nothing."""
+    saved(run, 10, 20)
+    read = Storage.read
+
+    def fail(self: Storage, name: str, sha256: str | None = None) -> bytes:
+        if name.endswith("000000020-a000001/state.json"):
+            raise OSError(errno.EIO, "Input/output error")
+        return read(self, name, sha256)
+
+    monkeypatch.setattr(Storage, "read", fail)
+    reader, notices = open_run(run, attempt=0)
+    with pytest.raises(OSError, match="Input/output"):
+        reader.newest()
+    assert notices == []
+
+
+def test_a_restart_deletes_what_an_earlier_one_could_not(run: Storage) -> None:
+    saved(run, 10, 20, 30, 40, errors={10: 5.0}, keep_last=5)
+    checkpoints, _ = open_run(run, keep_last=2)
+    assert checkpoints.newest() is not None
+    checkpoints.collect_orphans()
+    assert [r.step for r in checkpoints.records()] == [10, 30, 40]
+
+
+# -- files of a run ---------------------------------------------------------------------------------------------------
+
+
+def test_a_torn_identity_of_a_new_run_is_written_again(tmp_path: Path, data: DataSet) -> None:
+    """A disk without hard links shows a file before it is whole."""
+    config = small_config(tmp_path, tmp_path, "run")
+    run = Storage(str(tmp_path / "run"))
+    for content in (b"", b'{"identity": {}', b'{"identity": {"seed": 1}, "sha256": "0"}'):
+        run.publish("config.json", content)
+        check_identity(run, config, data)
+        fix_identity(run, config, data)
+        assert data_digest(run) == data.digest
+    saved(run, 10)
+    run.publish("config.json", b"")
+    with pytest.raises(ValueError, match="is damaged: restore it"):
+        fix_identity(run, config, data)
+    run.delete("config.json")
+    fix_identity(run, config, data)
+    with pytest.raises(ValueError, match="seed: 0 → 1"):
+        check_identity(run, dataclasses.replace(config, seed=1), data)
+
+
+def test_a_torn_outcome_is_none_while_there_are_checkpoints(run: Storage) -> None:
+    saved(run, 10)
+    for content in (b"", b'{"steps": 1', b'{"steps": 1}', b"[]"):
+        run.publish("finished.json", content)
+        assert finished(run) is None
+    run.delete("checkpoints")
+    with pytest.raises(ValueError, match="delete it to train the run again"):
+        finished(run)

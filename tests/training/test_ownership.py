@@ -294,6 +294,25 @@ def test_a_superseded_driver_notices_at_its_next_beat(run: Storage) -> None:
     first.release()
 
 
+def test_a_claim_that_failed_half_way_does_not_stand_in_its_own_way(
+    run: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk fails right after the record was made; a process that goes on may try again."""
+    create = Storage.create
+
+    def fail_late(self: Storage, name: str, data: bytes) -> bool:
+        create(self, name, data)
+        raise OSError("the disk")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Storage, "create", fail_late)
+        with pytest.raises(OSError, match="the disk"):
+            take(run)
+    assert newest_attempt(run) == 1
+    with take(run, lease_s=60)[0] as owner:
+        assert owner.number == 2
+
+
 # -- restarted workers ------------------------------------------------------------------------------------------------
 
 
