@@ -260,7 +260,7 @@ def _is_silent(run: Storage, number: int, start: Start | None, lease_s: float) -
             return _released(run, claimed)
         # A store that was away, or a process that was stopped, has seen nothing: that time proves nothing.
         now_s = time.monotonic()
-        silent_s += min(now_s - last_s, 4 * pause_s)
+        silent_s += min(now_s - last_s, 2 * pause_s)
         last_s = now_s
     return True
 
