@@ -25,9 +25,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
+
+if TYPE_CHECKING:
+    from orchestrator.control.faults import Worker
 
 _ROOT = Path(__file__).parents[1]
 
@@ -134,6 +137,51 @@ class LocalCluster:
     def _last_words(self) -> str:
         lines = (self._folder / "cluster.log").read_text(errors="replace").strip().splitlines()
         return lines[-1] if lines else "its process has ended"
+
+
+class LocalNodes:
+    """A local cluster of nodes with one CPU each, begun afresh after it was lost; for ``control.faults``."""
+
+    def __init__(self, size: int, environment: Mapping[str, str]) -> None:
+        self._size, self._variables = size, environment
+        self.renew()
+
+    def renew(self) -> None:
+        self._cluster = LocalCluster(self._variables)
+        self.lives = True
+        try:
+            for _ in range(self._size):
+                self._cluster.add(1)
+        except BaseException:
+            self._cluster.close()
+            raise
+
+    @property
+    def address(self) -> str:
+        return self._cluster.address
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        return self._cluster.environment
+
+    def node_of(self, worker: Worker) -> LocalNode | None:
+        return next((node for node in self._cluster.nodes[1:] if node.node_id == worker.node), None)
+
+    def add(self, num_cpus: int) -> LocalNode:
+        return self._cluster.add(num_cpus)
+
+    def lose(self, node: LocalNode) -> None:
+        self._cluster.lose(node)
+
+    def drain(self, node: LocalNode, deadline_s: float) -> None:
+        self._cluster.drain(node, deadline_s)
+
+    def lose_all(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.lives = False
+        self._cluster.close()
 
 
 def _kill_tree(process: psutil.Process) -> None:

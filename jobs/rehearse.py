@@ -12,24 +12,23 @@ import json
 import os
 import random
 import re
-import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import tyro
 from rich.console import Console
-from rich.table import Table
 
-from cluster.local import LocalCluster, LocalNode
+from cluster.local import LocalNodes
 from jobs import command_line
+from jobs.rehearsal_report import Report, Row, show, tracking_faults
 from orchestrator.config import (
     BatchConfig,
     GuardConfig,
@@ -44,7 +43,7 @@ from orchestrator.config import (
     TrainConfig,
 )
 from orchestrator.control.driven_run import DrivenRun, MlflowServer, digest_of, wrong_images
-from orchestrator.control.faults import FAULTS, NETWORK, ORDERS_VARIABLE, Fault, Orders, Promise, Scene, Worker
+from orchestrator.control.faults import FAULTS, NETWORK, ORDERS_VARIABLE, Fault, Orders, Promise, Scene
 from orchestrator.data.shards import DataSet
 from orchestrator.storage import Storage
 from orchestrator.training.checkpoint import newest_journal
@@ -52,8 +51,10 @@ from orchestrator.training.checkpoint import newest_journal
 _GROUP = 8  # images of a batch-norm group
 _PACE_S = 0.2  # each step of a disturbed run takes that much longer: it has to last for its faults
 _RECOVER_S = 240.0
-_CORRUPT = "corrupt-image"
-_NAMES = (*(fault.name for fault in FAULTS), _CORRUPT)
+_CORRUPT, _DISK_FULL = "corrupt-image", "disk-full"  # these need a run of their own
+_SMALL_DISK_MB = 24
+_NAMES = (*(fault.name for fault in FAULTS), _CORRUPT, _DISK_FULL)
+_ROOT = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
@@ -84,43 +85,6 @@ class Options:
     mean_time_between_faults_s: float = 60.0
     """of a soak"""
     placement: Placement = field(default_factory=Placement)
-
-
-@dataclass
-class Row:
-    """What became of one fault. Times in seconds."""
-
-    fault: str
-    what: str
-    promise: str
-    injected: bool = True
-    at_step: int = 0
-    struck: str = ""
-    survived: bool = False
-    recover_s: float | None = None
-    steps_redone: int = 0
-    note: str = ""
-
-
-@dataclass
-class Report:
-    """All that a rehearsal has found."""
-
-    seed: int
-    rows: list[Row] = field(default_factory=list)
-    clean_sha256: str = ""
-    sha256: str = ""
-    wrong_images: int = 0
-    tracking: str = ""
-    notes: list[str] = field(default_factory=list)
-    goodput_percent: float | None = None
-
-    @property
-    def is_as_promised(self) -> bool:
-        kept = all(row.survived for row in self.rows if row.injected)
-        return (
-            kept and self.sha256 == self.clean_sha256 and not self.wrong_images and not self.tracking and not self.notes
-        )
 
 
 def main() -> int:
@@ -280,6 +244,8 @@ class Rehearsal:
             self._disturb(report, faults, steps)
         if _CORRUPT in self._chosen:
             report.rows.append(self._corrupt_image(report))
+        if _DISK_FULL in self._chosen:
+            report.rows.append(self._full_disk(report, steps))
         return report
 
     def _disturb(self, report: Report, faults: list[Fault], steps: int) -> None:
@@ -375,6 +341,54 @@ class Rehearsal:
         self._tell(row)
         return row
 
+    def _full_disk(self, report: Report, steps: int) -> Row:
+        """A run of its own, on a small file system in memory that is filled for some seconds."""
+        row = Row(_DISK_FULL, "the disk is full for a while", Promise.GOES_ON.value)
+        disk = self._options.out.absolute() / "small-disk"
+        if not self._nodes or not self._mount(disk):
+            row.injected, row.note = (
+                False,
+                "not injected: needs a cluster on this machine, and the right to mount a disk",
+            )
+            return row
+        run = self._run(replace(self._config(_DISK_FULL, steps), storage=str(disk)))
+        self._orders.pace(_PACE_S)
+        run.start()
+        wanted = self._rng.randint(6, 16)
+        run.wait(lambda: run.step >= wanted, _RECOVER_S)
+        row.at_step, began_s = run.step, time.monotonic()
+        fill(disk / "ballast")
+        run.wait(lambda: any("cannot be stored" in line for line in run.lines), _RECOVER_S)
+        step = run.step
+        goes_on = run.wait(lambda: run.step > step + 2, _RECOVER_S)
+        (disk / "ballast").unlink()
+        freed_s = time.monotonic()
+        if run.wait(lambda: any("is stored now" in line for line in run.lines), _RECOVER_S):
+            row.recover_s = time.monotonic() - freed_s
+        self._orders.pace(0.0)
+        row.struck = f"no room for {freed_s - began_s:.0f} s"
+        row.note = (
+            "" if goes_on and row.recover_s is not None else "training did not go on, or nothing was stored after"
+        )
+        row.note = self._to_the_end(run, 300 + 2 * steps) or row.note
+        storage = Storage(str(disk)).sub(_DISK_FULL)
+        if not row.note and digest_of(storage) != report.clean_sha256:
+            row.note = "its weights are not the clean run's"
+        row.survived = not row.note
+        report.wrong_images += wrong_images(storage, run.config, steps)
+        self._tell(row)
+        return row
+
+    def _mount(self, disk: Path) -> bool:
+        disk.mkdir(exist_ok=True)
+        words = ["mount", "-t", "tmpfs", "-o", f"size={_SMALL_DISK_MB}m", "tmpfs", str(disk)]
+        with suppress(OSError):
+            if subprocess.run(words, capture_output=True, check=False).returncode == 0:
+                self._ends.callback(subprocess.run, ["umount", "-l", str(disk)], check=False)
+                return True
+        disk.rmdir()
+        return False
+
     def soak(self) -> Report:
         """Faults at random times, as many as the time allows, and how much of it was of use."""
         report = Report(self._options.seed)
@@ -420,54 +434,12 @@ class Rehearsal:
         self._console.print(f"{row.fault} at step {row.at_step} ({row.struck}): {how}", soft_wrap=True)
 
 
-class LocalNodes:
-    """The rehearsal's own cluster, begun afresh after it was lost: ``faults.Nodes``."""
-
-    def __init__(self, size: int, environment: Mapping[str, str]) -> None:
-        self._size, self._variables = size, environment
-        self.renew()
-
-    def renew(self) -> None:
-        self._cluster = LocalCluster(self._variables)
-        self.lives = True
-        try:
-            for _ in range(self._size):
-                self._cluster.add(1)
-        except BaseException:
-            self._cluster.close()
-            raise
-
-    @property
-    def address(self) -> str:
-        return self._cluster.address
-
-    @property
-    def environment(self) -> Mapping[str, str]:
-        return self._cluster.environment
-
-    def node_of(self, worker: Worker) -> LocalNode | None:
-        return next((node for node in self._cluster.nodes[1:] if node.node_id == worker.node), None)
-
-    def add(self, num_cpus: int) -> LocalNode:
-        return self._cluster.add(num_cpus)
-
-    def lose(self, node: LocalNode) -> None:
-        self._cluster.lose(node)
-
-    def drain(self, node: LocalNode, deadline_s: float) -> None:
-        self._cluster.drain(node, deadline_s)
-
-    def lose_all(self) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self.lives = False
-        self._cluster.close()
-
-
-# -- what came out --------------------------------------------------------------------------------------------------
-
-_ROOT = Path(__file__).parents[1]
+def fill(path: Path) -> None:
+    """Write ``path`` until its file system is full."""
+    for nbytes in (1 << 20, 1 << 12, 1):
+        with suppress(OSError), path.open("ab", buffering=0) as file:
+            while file.write(bytes(nbytes)) == nbytes:
+                pass
 
 
 def _num_checkpoints(scene: Scene) -> int:
@@ -493,63 +465,6 @@ def _copy_with_bad_image(source: Storage, target: Storage, index: int) -> str:
             content = content[:start] + b"no image".ljust(nbytes, b".") + content[start + nbytes :]
         target.publish(name, content)
     return str(split.names[index].as_py())
-
-
-def tracking_faults(database: Path, name: str, steps: int) -> str:
-    """What is wrong with the steps of run ``name`` in MLflow's database; "" where each is there once."""
-    with sqlite3.connect(database) as store:
-        found = store.execute(
-            "select step, count(*) from metrics join runs using (run_uuid) where runs.name = ? and key = 'train_loss' "
-            "group by step",
-            (name,),
-        ).fetchall()
-    twice = [step for step, count in found if count > 1]
-    lost = sorted(set(range(1, steps + 1)) - {step for step, _ in found})
-    words = [f"MLflow lacks the steps {lost[:10]}"] if lost else []
-    return "; ".join([*words, f"MLflow has the steps {twice[:10]} more than once"] if twice else words)
-
-
-_COLUMNS = ("fault", "injected at", "survived", "seconds to recover", "steps redone")
-
-
-def _cells(row: Row) -> list[str]:
-    if not row.injected:
-        return [row.what, row.note, "–", "–", "–"]
-    seconds = "–" if row.recover_s is None else f"{row.recover_s:.1f}"
-    at = f"step {row.at_step}: {row.struck}" if row.at_step else row.struck
-    survived = f"yes: {row.promise}" if row.survived else f"NO: {row.note}"
-    return [row.what, at, survived, seconds, str(row.steps_redone)]
-
-
-def _totals(report: Report) -> list[str]:
-    lines = [f"images lost or repeated: {report.wrong_images}"]
-    if report.goodput_percent is not None:
-        lines.append(
-            f"goodput: {report.goodput_percent:.1f} % (steps that were kept × time of a step undisturbed / all time)"
-        )
-    else:
-        same = report.sha256 == report.clean_sha256
-        digest = report.clean_sha256[:16]
-        lines.append(f"weights equal to the clean run's: {'yes' if same else 'NO'} (SHA-256 {digest}…)")
-        lines.append(f"every step once in MLflow: {report.tracking or 'yes'}")
-    return [*lines, *report.notes]
-
-
-def show(report: Report, out: Path) -> None:
-    """The table in the terminal; ``rehearsal.json`` and ``rehearsal.md`` in ``out``."""
-    table = Table(*_COLUMNS)
-    for row in report.rows:
-        table.add_row(*_cells(row))
-    console = Console(highlight=False)
-    console.print(table)
-    for line in _totals(report):
-        console.print(line, soft_wrap=True)
-    text = [f"| {' | '.join(_COLUMNS)} |", f"|{'---|' * len(_COLUMNS)}"]
-    text += [f"| {' | '.join(cell.replace('|', '/') for cell in _cells(row))} |" for row in report.rows]
-    text += ["", *(f"- {line}" for line in _totals(report))]
-    (out / "rehearsal.md").write_text("\n".join(["# Rehearsal", "", f"Seed {report.seed}.", "", *text, ""]))
-    content = asdict(report) | {"as_promised": report.is_as_promised}
-    (out / "rehearsal.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from orchestrator.config import Family
 from orchestrator.ray_session import ray_session
 from orchestrator.storage import Storage
 from orchestrator.training.checkpoint import Checkpoints
+from orchestrator.training.ownership import newest_attempt
 
 NETWORK = "orchestrator.control.faults:network"
 ORDERS_VARIABLE = "REHEARSAL_ORDERS"
@@ -186,11 +187,15 @@ def signal_worker(worker: Worker, number: signal.Signals, address: str) -> None:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         there = NodeAffinitySchedulingStrategy(worker.node, soft=False)
-        kill = ray.remote(num_cpus=0, max_retries=0)(os.kill).options(scheduling_strategy=there)
+        kill = ray.remote(num_cpus=0, max_retries=0)(_kill).options(scheduling_strategy=there)
         try:
             ray.get(kill.remote(worker.pid, int(number)), timeout=60)
         except ray.exceptions.RayError as error:
             raise OSError(f"worker {worker.rank} on {worker.host} cannot be signalled: {error}") from None
+
+
+def _kill(pid: int, number: int) -> None:
+    os.kill(pid, number)  # Ray takes no built-in function
 
 
 # -- faults ---------------------------------------------------------------------------------------------------------
@@ -336,14 +341,18 @@ def _flip(content: bytes, rng: random.Random) -> bytes:
 
 
 def _damage_rays_files(scene: Scene) -> str:
+    """As a kill within a write leaves them: Ray Train's own resume stops for good at such a snapshot."""
     folder = scene.run.sub("ray")
     names = sorted(folder.find())
-    for number, name in enumerate(names):
+    for name in names:
         with suppress(OSError):
-            folder.publish(name, b"{") if number % 2 else folder.delete(name)
+            folder.delete(name)
+    attempts = sorted(folder.folders("")) or [f"{newest_attempt(scene.run):06d}"]
+    for attempt in attempts:
+        folder.publish(f"{attempt}/checkpoint_manager_snapshot.json", b'{"checkpoint_results": [{')
     worker = _some_worker(scene)
     signal_worker(worker, signal.SIGKILL, scene.address)
-    return f"{len(names)} files cut or deleted, then worker {worker.rank} killed"
+    return f"{len(names)} files deleted, {len(attempts)} torn, then worker {worker.rank} killed"
 
 
 def _local_storage(scene: Scene) -> str:

@@ -17,10 +17,11 @@ import pytest
 import torch
 
 from cluster.local import LocalCluster
-from orchestrator.config import TrackingConfig, TrainConfig
+from orchestrator.config import BatchConfig, TrackingConfig, TrainConfig
+from orchestrator.control.driven_run import options
 from orchestrator.control.faults import FAULTS, ORDERS_VARIABLE, Orders, is_alive, network
 from orchestrator.models import build_own
-from tests.training.group import history, last_snapshot, run_to_end, weights_digest
+from tests.training.group import history, last_snapshot, run_to_end, small_config, weights_digest
 
 ROOT = Path(__file__).parents[2]
 EVERY_CLASS = "FAULT_SEEDS" in os.environ
@@ -78,7 +79,7 @@ def test_a_clock_jumps_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray_cluster
-def test_a_worker_of_another_machine_is_signalled_there(tmp_path: Path) -> None:
+def test_a_worker_of_another_machine_is_signalled_there(prepared: Path, tmp_path: Path) -> None:
     """By a task on its node: here as where nothing of it is seen, for its host's name is not ours."""
     victim = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     with LocalCluster() as cluster:
@@ -104,6 +105,27 @@ def test_a_worker_of_another_machine_is_signalled_there(tmp_path: Path) -> None:
         out, err = done.communicate(timeout=60)
         assert done.returncode == 0, err
         assert "gone: worker 1 on elsewhere cannot be signalled" in out
+
+        # More workers than the cluster has CPUs: refused after looking at it, before anything is written.
+        config = small_config(prepared, tmp_path / "runs", "too_many", batch=BatchConfig(8 * 1024, 8))
+        words = [*options(config), "--placement.ray-address", cluster.address, "--placement.num-workers", "1024"]
+        refused = subprocess.run(
+            [
+                sys.executable,
+                "jobs/imagenet.py",
+                "resnet50",
+                *words,
+                "--tracking.uri",
+                f"sqlite:///{tmp_path}/mlflow.db",
+            ],
+            cwd=ROOT,
+            env=os.environ | cluster.environment,
+            capture_output=True,
+            text=True,
+        )
+        assert refused.returncode == 2, refused.stdout + refused.stderr
+        assert "1024 workers need more CPUs than the cluster's 2" in refused.stderr
+        assert not (tmp_path / "runs" / "too_many").exists()
     assert not is_alive(victim.pid)
 
 
@@ -166,7 +188,11 @@ def test_no_fault_changes_what_a_run_ends_with(seed: int, tmp_path: Path) -> Non
         stored = dict(store.execute(losses, (run_id,)).fetchall())
         assert stored.keys() == told.keys()
         assert all(math.isclose(stored[step], told[step], rel_tol=1e-12) for step in told)
+        keys = {key for (key,) in store.execute("select distinct key from metrics where run_uuid = ?", (run_id,))}
+        assert {"train_loss", "validation_top1_error", "learning_rate", "images_per_s", "data_wait_share"} <= keys
+        assert store.execute("select count(*) from inputs where destination_id = ?", (run_id,)).fetchone() == (1,)
         tags = dict(store.execute("select key, value from tags where run_uuid = ?", (run_id,)).fetchall())
+        assert (tags["recipe"], int(tags["starts"])) == ("resnet50", len(list((disturbed / "attempts").glob("*.json"))))
         assert tags["mlflow.note.content"].startswith("**Result:** best validation top-1 error ")
         assert tags["best_checkpoint"].startswith(str(disturbed))
     assert (disturbed / "figures" / "errors.png").stat().st_size > 10_000
@@ -187,8 +213,6 @@ def test_no_fault_changes_what_a_run_ends_with(seed: int, tmp_path: Path) -> Non
 
 def check_a_finished_run(config: TrainConfig, out: Path, run: Path) -> None:
     """Once more the same command: nothing is trained, nothing is started, and the data is not looked at."""
-    from orchestrator.control.driven_run import options
-
     starts = sorted((run / "attempts").glob("*.json"))
     tracking = TrackingConfig(uri=f"sqlite:///{out}/mlflow.db", experiment="rehearsal")
     words = options(replace(config, data="/nowhere", name=run.name, tracking=tracking))

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from jobs import rehearse
+from jobs import rehearsal_report, rehearse
 from orchestrator.control.faults import is_alive
 from tests.jobs.conftest import Run
 
@@ -74,17 +74,21 @@ def test_ctrl_c_ends_all_that_was_started(tmp_path: Path) -> None:
 # -- the report -----------------------------------------------------------------------------------------------------
 
 
-def report(**changes: object) -> rehearse.Report:
-    row = rehearse.Row("nan", "a loss is not finite", "workers start again", True, 12, "worker 1", True, 17.25, 3)
-    away = rehearse.Row("node-lost", "a node is lost", "workers start again", injected=False, note="not injected: why")
-    found = rehearse.Report(7, [row, away], clean_sha256="a" * 64, sha256="a" * 64)
+def report(**changes: object) -> rehearsal_report.Report:
+    row = rehearsal_report.Row(
+        "nan", "a loss is not finite", "workers start again", True, 12, "worker 1", True, 17.25, 3
+    )
+    away = rehearsal_report.Row(
+        "node-lost", "a node is lost", "workers start again", injected=False, note="not injected: why"
+    )
+    found = rehearsal_report.Report(7, [row, away], clean_sha256="a" * 64, sha256="a" * 64)
     for name, value in changes.items():
         setattr(found, name, value)
     return found
 
 
 def test_the_report_says_what_was_kept_and_what_was_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rehearse.show(report(), tmp_path)
+    rehearsal_report.show(report(), tmp_path)
     page, plain = (tmp_path / "rehearsal.md").read_text(), json.loads((tmp_path / "rehearsal.json").read_text())
     assert "| a loss is not finite | step 12: worker 1 | yes: workers start again | 17.2 | 3 |" in page
     assert "| a node is lost | not injected: why | – | – | – |" in page
@@ -94,7 +98,9 @@ def test_the_report_says_what_was_kept_and_what_was_not(tmp_path: Path, capsys: 
     assert plain["rows"][0]["steps_redone"] == 3
     assert "weights equal to the clean run's: yes" in capsys.readouterr().out
 
-    broken = rehearse.Row("nan", "a loss is not finite", "workers start again", True, 12, note="no new step: | so")
+    broken = rehearsal_report.Row(
+        "nan", "a loss is not finite", "workers start again", True, 12, note="no new step: | so"
+    )
     for changes, saying in (
         ({"sha256": "b" * 64}, "weights equal to the clean run's: NO"),
         ({"wrong_images": 16}, "images lost or repeated: 16"),
@@ -102,10 +108,10 @@ def test_the_report_says_what_was_kept_and_what_was_not(tmp_path: Path, capsys: 
         ({"notes": ["left running: raylet"]}, "left running: raylet"),
         ({"rows": [broken]}, "| NO: no new step: / so |"),
     ):
-        rehearse.show(report(**changes), tmp_path)
+        rehearsal_report.show(report(**changes), tmp_path)
         assert saying in (tmp_path / "rehearsal.md").read_text()
         assert not json.loads((tmp_path / "rehearsal.json").read_text())["as_promised"]
-    rehearse.show(report(goodput_percent=87.65, sha256=""), tmp_path)
+    rehearsal_report.show(report(goodput_percent=87.65, sha256=""), tmp_path)
     assert "goodput: 87.7 %" in (tmp_path / "rehearsal.md").read_text()
 
 
@@ -117,8 +123,8 @@ def test_steps_that_mlflow_lacks_or_has_twice_are_told(tmp_path: Path) -> None:
         store.execute("insert into runs values ('1', 'disturbed'), ('2', 'clean')")
         steps = [("1", "train_loss", step, 10 * step) for step in (1, 2, 4, 5)]
         store.executemany("insert into metrics values (?, ?, ?, ?)", [*steps, ("2", "train_loss", 3, 1)])
-    assert rehearse.tracking_faults(database, "disturbed", 5) == "MLflow lacks the steps [3]"
+    assert rehearsal_report.tracking_faults(database, "disturbed", 5) == "MLflow lacks the steps [3]"
     with sqlite3.connect(database) as store:
         store.execute("insert into metrics values ('1', 'train_loss', 3, 30), ('1', 'train_loss', 5, 51)")
-    assert rehearse.tracking_faults(database, "disturbed", 5) == "MLflow has the steps [5] more than once"
-    assert rehearse.tracking_faults(database, "disturbed", 4) == "MLflow has the steps [5] more than once"
+    assert rehearsal_report.tracking_faults(database, "disturbed", 5) == "MLflow has the steps [5] more than once"
+    assert rehearsal_report.tracking_faults(database, "disturbed", 4) == "MLflow has the steps [5] more than once"
