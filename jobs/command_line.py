@@ -141,6 +141,9 @@ def run(command: Command) -> int:
             stop_waiting()
             status = RunStatus.KILLED
             raise
+        except PreemptedError:
+            status = RunStatus.KILLED
+            raise
         except SupersededError:
             status = RunStatus.RUNNING  # the MLflow run is the newer driver's now
             raise

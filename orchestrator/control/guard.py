@@ -140,7 +140,7 @@ class Guard:
 
     def give_up(self, why: str) -> None:
         """End the run, which cannot go on for a reason that no worker knows."""
-        self._refuse(Ending.FAILED, f"run {self._run!r}: {why}{self._told()}; {self._goes_on()}")
+        self._refuse(Ending.FAILED, f"{why}{self._told()}; {self._goes_on()}")
 
     def _settle(self, new_size: int, silent: Sequence[str]) -> None:
         """The group before is gone: what it costs."""
@@ -163,7 +163,7 @@ class Guard:
             why = f"more failures than guard.max_failures {self._limits.max_failures} (a checkpoint gives one back)"
         else:
             return
-        self._refuse(Ending.FAILED, f"run {self._run!r}: {why}{self._told()}; {self._goes_on()}")
+        self._refuse(Ending.FAILED, f"{why}{self._told()}; {self._goes_on()}")
 
     def _told(self) -> str:
         lines = [f"{number}. {failure}" for number, failure in enumerate(self._tried[-5:], 1)]
@@ -180,7 +180,8 @@ class Guard:
         return min(30.0, 2.0 ** (len(self._tried) - 1)) if len(self._tried) > 1 else 0.0
 
     def _refuse(self, ending: Ending, text: str) -> None:
-        self.refusal = self.refusal or Refusal(ending, text)
+        named = text if repr(self._run) in text else f"run {self._run!r}: {text}"
+        self.refusal = self.refusal or Refusal(ending, named)
 
 
 # -- workers that do not move ---------------------------------------------------------------------------------------

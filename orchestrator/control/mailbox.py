@@ -5,46 +5,21 @@ Workers never call the driver, nor it them; both call the mailbox, which lives o
 
 from __future__ import annotations
 
-import faulthandler
-import os
-import signal
-import socket
-import tempfile
 import threading
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
-
-import psutil
+from typing import Any
 
 from orchestrator.config import GuardConfig
 from orchestrator.control.guard import Beat, Failure, FailureClass, Guard, Refusal
+from orchestrator.control.stuck import Place
 from orchestrator.remote import is_waiting
 from orchestrator.training.notices import Event, notice
 from orchestrator.training.pulse import Phase, Pulse, Wish
 
 _MANY_BEATS_PER_S = 64.0  # that one actor takes with ease
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a worker runs: ``created`` tells its process from a later one of the same number."""
-
-    rank: int
-    pid: int
-    created: float
-    host: str
-    node: str
-
-    @staticmethod
-    def here(rank: int, node: str) -> Place:
-        return Place(rank, os.getpid(), psutil.Process().create_time(), socket.gethostname(), node)
-
-    def __str__(self) -> str:
-        return f"worker {self.rank} (process {self.pid} on {self.host})"
 
 
 @dataclass
@@ -161,24 +136,13 @@ class Heart:
         self._interval_s = max(1.0, size / _MANY_BEATS_PER_S)
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._live, name="heart", daemon=True)
-        self._stacks: IO[str] | None = None
 
     def __enter__(self) -> Heart:
-        with suppress(OSError, ValueError):
-            path = _stack_file(self._place.pid)
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._stacks = path.open("w")
-            # In C: it answers for a process whose threads are all stuck.
-            faulthandler.register(signal.SIGUSR1, self._stacks, all_threads=True)
         self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._end.set()
-        if self._stacks is not None:
-            faulthandler.unregister(signal.SIGUSR1)
-            self._stacks.close()
-            _stack_file(self._place.pid).unlink(missing_ok=True)
 
     def _live(self) -> None:
         import ray
@@ -191,50 +155,6 @@ class Heart:
                 wish = ray.get(self._mailbox.beat.remote(self._group, beat), timeout=30)
                 pulse.wish = max(pulse.wish, wish)
             self._end.wait(self._interval_s)
-
-
-def end_worker(place: Place) -> str:
-    """On the worker's machine: what its process does, with its stack where it answers; then SIGKILL. In words."""
-    try:
-        process = psutil.Process(place.pid)
-        if abs(process.create_time() - place.created) > 1:
-            return "its process has ended"
-        status = str(process.status())
-    except psutil.NoSuchProcess:
-        return "its process has ended"
-    words = f"its process is {status}"
-    if status != psutil.STATUS_STOPPED:
-        path = _stack_file(place.pid)
-        if path.exists():
-            process.send_signal(signal.SIGUSR1)
-            time.sleep(1.0)
-            words += f"; {_own_frames(path.read_text())}"
-    process.kill()
-    return f"{words}; it was killed"
-
-
-def end_on(place: Place, timeout_s: float) -> str:
-    """``end_worker`` on its node, from anywhere in the cluster."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    there = NodeAffinitySchedulingStrategy(place.node, soft=False)
-    task = ray.remote(num_cpus=0, max_retries=0)(end_worker).options(scheduling_strategy=there).remote(place)
-    try:
-        return str(ray.get(task, timeout=timeout_s))
-    except ray.exceptions.RayError:
-        return "its machine does not answer"
-
-
-def _stack_file(pid: int) -> Path:
-    return Path(tempfile.gettempdir()) / f"resnet-orchestrator-{os.getuid()}" / "stacks" / f"{pid}.txt"
-
-
-def _own_frames(dump: str) -> str:
-    """The threads of a faulthandler dump that are in our code, innermost frames first, on one line."""
-    threads = [block.splitlines() for block in dump.split("\n\n") if "orchestrator/training" in block]
-    frames = [line.strip().removeprefix("File ") for block in threads[:1] for line in block if "File " in line]
-    return "at " + " < ".join(frames[:6]) if frames else "no stack could be had"
 
 
 def failure_of(error: BaseException, kind: FailureClass, place: Place, pulse: Pulse, text: str) -> Failure:

@@ -19,8 +19,9 @@ from typing import Any
 from orchestrator.config import TrainConfig
 from orchestrator.control import checks
 from orchestrator.control.guard import Ending, FailureClass, Refusal, classify
-from orchestrator.control.mailbox import Heart, Mailbox, Place, failure_of
+from orchestrator.control.mailbox import Heart, Mailbox, failure_of
 from orchestrator.control.placement import Placement, place
+from orchestrator.control.stuck import Place, tells_its_stacks
 from orchestrator.control.watch import Watch
 from orchestrator.data.shards import DataSet
 from orchestrator.ray_session import ray_session
@@ -165,7 +166,7 @@ def _fit(config: TrainConfig, placement: Placement, run: Storage, owner: Claim, 
             failure_config=FailureConfig(max_failures=-1, controller_failure_limit=-1),
         ),
     )
-    watch = Watch(mailbox, limits, placement, owner, listen)
+    watch = Watch(config.name, mailbox, limits, placement, owner, listen)
     failure: Exception | None = None
     on_interrupt = signal.getsignal(signal.SIGINT)
     try:
@@ -215,7 +216,7 @@ def _work(settings: dict[str, Any]) -> None:
 
     mailbox, context, pulse = settings["mailbox"], get_context(), Pulse()
     group, size = get_current_placement_group().id.hex(), context.get_world_size()
-    here = Place.here(context.get_world_rank(), ray.get_runtime_context().get_node_id())
+    here = Place.of(context.get_world_rank(), os.getpid(), ray.get_runtime_context().get_node_id())
     may_start, number, pause_s = ray.get(mailbox.begin.remote(group, size, here))
     if not may_start:
         return  # started again after that was found to be no use
@@ -228,7 +229,7 @@ def _work(settings: dict[str, Any]) -> None:
     def emit(event: Event) -> None:
         mailbox.put.remote([event])
 
-    with Heart(mailbox, group, here, size, pulse), warnings_told(emit, here.rank):
+    with tells_its_stacks(), Heart(mailbox, group, here, size, pulse), warnings_told(emit, here.rank):
         try:
             share = largest_share(size, batch.global_batch_size, batch.bn_group_size)
             world = World.from_process_group(device, share)

@@ -13,8 +13,9 @@ from typing import Any
 
 from orchestrator.config import GuardConfig
 from orchestrator.control.guard import Beat, Ending, Failure, FailureClass, Hang, Refusal, Watchdog
-from orchestrator.control.mailbox import Post, end_on
+from orchestrator.control.mailbox import Post
 from orchestrator.control.placement import Placement
+from orchestrator.control.stuck import end_on
 from orchestrator.training.notices import Event, notice
 from orchestrator.training.ownership import Claim
 from orchestrator.training.pulse import Wish
@@ -32,6 +33,7 @@ class Watch:
 
     def __init__(
         self,
+        run: str,
         mailbox: Any,
         limits: GuardConfig,
         placement: Placement,
@@ -39,7 +41,7 @@ class Watch:
         listen: Callable[[Event], None],
     ) -> None:
         self._mailbox, self._limits, self._placement, self._owner = mailbox, limits, placement, owner
-        self._listen = listen
+        self._run_name, self._listen = run, listen
         self._watchdog = Watchdog(limits.hang_timeout_s)
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
@@ -86,8 +88,8 @@ class Watch:
 
     def _look(self, post: Post) -> None:
         if self._owner.lost and post.refusal is None:
-            text = "this run was claimed by another driver: this one stops here, and the newer one goes on"
-            self._stop_run(Refusal(Ending.SUPERSEDED, text))
+            text = "was claimed by another driver: this one stops here, and the newer one goes on"
+            self._stop_run(Refusal(Ending.SUPERSEDED, f"run {self._run_name!r} {text}"))
         elif post.refusal is not None:
             self._stop_run(post.refusal)
         else:
@@ -160,4 +162,4 @@ class Watch:
 def _standing(beat: Beat, hang: Hang, post: Post) -> str:
     silence_s = post.now_s - beat.heard_s
     where = f"in step {beat.step}, {beat.phase.name.lower()}"
-    return f"it gives no sign since {silence_s:.0f} s ({where})" if hang.silent else f"it has not come past {where}"
+    return f"it gives no sign since {silence_s:.0f} s ({where})" if hang.silent else f"it is still {where}"

@@ -277,7 +277,7 @@ def _released(run: Storage, claimed: int) -> bool:
 
 def _this_process(token: str, number: int) -> Start:
     pid = os.getpid()
-    started = _started(pid) or ""
+    started = process_started(pid) or ""
     return Start(token, number, socket.gethostname(), _boot(), _pid_namespace(), pid, started, int(time.time()), "")
 
 
@@ -292,7 +292,7 @@ def _process_lives(start: Start) -> bool | None:
         return False
     except PermissionError:
         pass  # another user's
-    started = _started(start.pid)
+    started = process_started(start.pid)
     if started is None or not start.started:
         return None  # /proc does not show other users' processes everywhere
     if started != start.started:
@@ -300,7 +300,7 @@ def _process_lives(start: Start) -> bool | None:
     return start.pid != os.getpid() or start.token in _HELD  # a claim of this process may have failed half-way
 
 
-def _started(pid: int) -> str | None:
+def process_started(pid: int) -> str | None:
     """When process ``pid`` was started, in clock ticks since the boot; "" for one that has ended; None if unknown."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
