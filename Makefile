@@ -6,7 +6,7 @@ DEMO := build/demo
 export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: demo test lint types setup golden outage clean
+.PHONY: demo test test-faults lint types setup golden outage clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/installed
@@ -32,6 +32,12 @@ demo: setup
 test: lint types
 	@echo "== tests (REAL_DATA=$${REAL_DATA:-, so tests on real images are skipped})"
 	$(PYTHON) -m pytest
+
+FAULT_SEEDS ?= 5
+test-faults: setup
+	@echo "== every class of fault over $(FAULT_SEEDS) seeds (FAULT_SEEDS=…; a part of it, with one seed, is in 'make test')"
+	FAULT_SEEDS=$(FAULT_SEEDS) $(PYTHON) -m pytest tests/training/test_kills.py tests/training/test_writes.py \
+		tests/training/test_worlds.py tests/training/test_failing_store.py tests/control/test_faults.py --timeout 1800
 
 lint: setup
 	@echo "== lint"

@@ -153,7 +153,8 @@ class Group:
 def run_to_end(config: TrainConfig, size: int) -> Path:
     """Train with ``size`` processes; the folder of the run."""
     group = Group(config, size)
-    assert group.wait() == [0] * size
+    codes = group.wait()
+    assert codes == [0] * size, f"{config.name}: exit codes {codes}"
     return group.run_path
 
 
@@ -213,7 +214,7 @@ def check_samples(config: TrainConfig, run_path: Path) -> None:
     size, stream, seen = config.batch.global_batch_size, SampleStream(num_images, config.seed), trained_on(run_path)
     journal = last_snapshot(run_path).journal
     done = max(e["step"] for e in journal)
-    assert sorted(seen) == list(range(done))
+    assert sorted(seen) == list(range(done)), f"steps {sorted(seen)} of {done}"
     images = np.array([seen[step] for step in range(done)]).reshape(-1)
     positions = np.arange(done * size)
     np.testing.assert_array_equal(images, stream.images(positions))
@@ -231,13 +232,14 @@ def check_samples(config: TrainConfig, run_path: Path) -> None:
 def check_equal(run_path: Path, other: Path) -> None:
     """Two finished runs are the same to the last bit: weights, momentum, policy, meters and every measurement."""
     a, b = last_snapshot(run_path), last_snapshot(other)
-    assert weights_digest(run_path) == weights_digest(other)
     assert a.tensors.keys() == b.tensors.keys()
     assert any(name.startswith("momentum/") for name in a.tensors)
-    for name, tensor in a.tensors.items():
-        assert torch.equal(tensor, b.tensors[name]), name
-    assert (a.step, a.state) == (b.step, b.state)
-    assert history(a.journal) == history(b.journal)
+    differing = [name for name, tensor in a.tensors.items() if not torch.equal(tensor, b.tensors[name])]
+    assert not differing, f"{run_path.name}: {len(differing)} of {len(a.tensors)} tensors differ: {differing[:5]}"
+    assert weights_digest(run_path) == weights_digest(other)
+    assert (a.step, a.state) == (b.step, b.state), f"{run_path.name}: {a.step} {a.state}, not {b.step} {b.state}"
+    events = list(zip(history(a.journal), history(b.journal), strict=True))
+    assert all(x == y for x, y in events), f"{run_path.name}: {next((x, y) for x, y in events if x != y)}"
 
 
 def farthest_number(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], kind: str = "") -> float:
