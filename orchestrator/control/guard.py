@@ -157,13 +157,13 @@ class Guard:
             return
         self._spent += 1
         self._tried.append(worst)
-        if len(self._tried) > self._limits.max_stalled_restarts:
-            why = f"no new checkpoint after {len(self._tried) - 1} restarts"
+        tried = f"{self._told()}; {self._goes_on()}"
+        restarts = len(self._tried) - 1
+        if restarts >= self._limits.max_stalled_restarts:
+            self._refuse(Ending.FAILED, f"no new checkpoint after {restarts} restarts{tried}")
         elif self._spent > self._limits.max_failures:
-            why = f"more failures than guard.max_failures {self._limits.max_failures} (a checkpoint gives one back)"
-        else:
-            return
-        self._refuse(Ending.FAILED, f"{why}{self._told()}; {self._goes_on()}")
+            limit = f"guard.max_failures {self._limits.max_failures} (a checkpoint gives one back)"
+            self._refuse(Ending.FAILED, f"more failures than {limit}{tried}")
 
     def _told(self) -> str:
         lines = [f"{number}. {failure}" for number, failure in enumerate(self._tried[-5:], 1)]

@@ -108,10 +108,13 @@ class Watch:
         sign_s = max([self._started_s, *(beat.heard_s for beat in post.beats), post.begun_s if post.group else 0.0])
         silent_s = post.now_s - sign_s
         if silent_s > self._limits.wait_for_workers_s:
-            self._mailbox.give_up.remote(
+            self._give_up(
                 f"no worker could be started for {silent_s:.0f} s (guard.wait_for_workers_s): the cluster has lost too "
                 "many machines, or others use them"
             )
+
+    def _give_up(self, why: str) -> None:
+        self._mailbox.give_up.remote(why)
 
     def _end_hang(self, hang: Hang, post: Post) -> None:
         """Say who holds the others up and what it does, and kill it: Ray then starts the group again."""

@@ -58,7 +58,7 @@ class Stragglers:
             return {}
         return {"slowest_worker_ratio": max(self._seconds) / max(1e-9, statistics.median(self._seconds))}
 
-    def notice(self) -> str | None:
+    def slow_warning(self) -> str | None:
         """Once for each worker that has been slow in several measurements in a row."""
         for rank, times in self._slow.items():
             if times >= _TOLD_AFTER and rank not in self._told:

@@ -181,7 +181,7 @@ def train(
             record("train", metrics=metrics, samples=f"{totals.samples:016x}")
             if totals.skipped_steps:
                 tell(notice(f"{totals.skipped_steps} of the steps up to {step} changed nothing: {_NOT_FINITE}"))
-            if slow := stragglers.notice():
+            if slow := stragglers.slow_warning():
                 tell(notice(slow))
             policy = decided(*after_measurement(config.schedule, policy, step, totals.top1_error))
             skipped, totals = skipped + totals.skipped_steps, Totals()

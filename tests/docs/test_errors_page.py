@@ -23,10 +23,18 @@ GAP = "…"
 
 ERRORS = {
     *("ValueError", "StoreRefusedError", "StoreUnreachableError", "RunFailedError", "SupersededError", "DigestError"),
-    *("StorageFailedError", "OSError", "PermissionError", "FileNotFoundError", "RuntimeError"),
+    *(
+        "StorageFailedError",
+        "NotFiniteError",
+        "PreemptedError",
+        "OSError",
+        "PermissionError",
+        "FileNotFoundError",
+        "RuntimeError",
+    ),
 }
 # Functions and methods whose first text is a message; lists that gather messages; tables of (pattern, message).
-TELLERS = {"notice", "_notice", "tell", "problem", "warning", "add", "first", "_missing"}
+TELLERS = {"_refuse", "_give_up", "notice", "_notice", "tell", "problem", "warning", "add", "first", "_missing"}
 GATHERED = {"wrong", "warnings", "notes"}
 TABLES = {"_SETTINGS", "_TRANSIENT"}
 PRINTED = ("error: ", "warning: ", "note: ", "interrupted: ", "damaged: ")
@@ -50,8 +58,6 @@ NOT_MET = {
     "data_prep/fan_out.py: ValueError …": "the message of a task",
     "orchestrator/config.py: ValueError …": "what _check has gathered",
     "orchestrator/control/facts.py: ValueError …": "why the cluster cannot be reached",
-    "orchestrator/control/supervisor.py: ValueError …": "what a worker has refused",
-    "orchestrator/control/supervisor.py: SupersededError …": "what a worker has refused",
     "orchestrator/remote.py: StoreRefusedError …": "an advice of the tables",
 }
 
