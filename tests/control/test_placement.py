@@ -1,4 +1,4 @@
-"""Workers of a job on Ray are placed, or refused. What becomes of them: test_faults.py."""
+"""Workers of a job on Ray are placed, or refused."""
 
 from __future__ import annotations
 
@@ -46,3 +46,22 @@ def test_a_cluster_that_is_too_small_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=saying):
             placed(placement, cluster)
+
+
+def test_an_elastic_run_takes_what_is_there() -> None:
+    def elastic(least: int, most: int, cluster: Cluster) -> tuple[int, int, int, bool]:
+        config = TrainConfig(placement=PlacementConfig(num_workers=most, min_workers=least, cpus_per_worker=1))
+        p = place(config, cluster)
+        return p.num_workers, p.least_workers, p.most_workers, p.is_elastic
+
+    assert elastic(1, 4, TWO_CPUS) == (2, 1, 4, True)
+    assert elastic(2, 8, EIGHT_GPUS) == (8, 2, 8, True)
+    assert elastic(8, 8, EIGHT_GPUS)[3] is False
+    # 8 groups: of 12 workers 8 work and 4 stand by, until there are 16
+    assert elastic(8, 16, Cluster((Node(64, 12),))) == (8, 8, 16, True)
+    with pytest.raises(ValueError, match="3 workers need more CPUs than the cluster's 2"):
+        elastic(3, 8, TWO_CPUS)
+    with pytest.raises(ValueError, match=r"min_workers 9 is more than placement\.num_workers 8"):
+        elastic(9, 8, EIGHT_GPUS)
+    with pytest.raises(ValueError, match="cannot share 8 batch-norm groups"):
+        elastic(8, 12, Cluster((Node(64, 12),)))
