@@ -12,6 +12,7 @@ import json
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -53,7 +54,7 @@ _PACE_S = 0.2  # each step of a disturbed run takes that much longer: it has to 
 _RECOVER_S = 240.0
 _CORRUPT, _DISK_FULL = "corrupt-image", "disk-full"  # these need a run of their own
 _SMALL_DISK_MB = 24
-_NAMES = (*(fault.name for fault in FAULTS), _CORRUPT, _DISK_FULL)
+NAMES = (*(fault.name for fault in FAULTS), _CORRUPT, _DISK_FULL)
 _ROOT = Path(__file__).parents[1]
 
 
@@ -89,15 +90,16 @@ class Options:
 
 def main() -> int:
     options = tyro.cli(Options, prog="python jobs/rehearse.py", config=(tyro.conf.FlagCreatePairsOff,))
-    chosen = options.faults.split(",") if options.faults else list(_NAMES)
-    if unknown := [name for name in chosen if name not in _NAMES]:
-        raise ValueError(f"unknown fault {', '.join(unknown)}: choose of {', '.join(_NAMES)}")
+    chosen = options.faults.split(",") if options.faults else list(NAMES)
+    if unknown := [name for name in chosen if name not in NAMES]:
+        raise ValueError(f"unknown fault {', '.join(unknown)}: choose of {', '.join(NAMES)}")
     if not options.storage:
         raise ValueError("nowhere to rehearse: give --storage URL, a folder that all nodes see")
     if options.workers < 2:
         raise ValueError(f"--workers is {options.workers}: a rehearsal needs at least 2")
     if options.soak_s < 0 or options.mean_time_between_faults_s <= 0:
         raise ValueError("--soak-s must not be negative, and --mean-time-between-faults-s must be positive")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's end is as clean as Ctrl-C
     with Rehearsal(options, chosen) as rehearsal:
         report = rehearsal.soak() if options.soak_s else rehearsal.all_faults()
     if left := [p.name() for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]:

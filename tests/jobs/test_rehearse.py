@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sqlite3
 import subprocess
@@ -60,7 +59,7 @@ def test_ctrl_c_ends_all_that_was_started(tmp_path: Path) -> None:
     tree = psutil.Process(process.pid).children(recursive=True)
     commands = " ".join(word for each in tree if is_alive(each.pid) for word in each.cmdline())
     assert all(part in commands for part in ("raylet", "mlflow", "jobs/imagenet.py")), commands
-    os.kill(process.pid, signal.SIGINT)
+    process.send_signal(signal.SIGINT)
     text, _ = process.communicate(timeout=120)
     assert process.returncode == 130, text
     assert "interrupted: all that the rehearsal started has been ended" in text
