@@ -257,7 +257,11 @@ def _main() -> None:
         except Exception as error:  # told to whoever asked
             answer = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(answer), file=answers, flush=True)
-    os._exit(0)  # the kernel ends the raylets
+    for process in psutil.Process().children(recursive=True):  # Ray's agents outlive the raylets that started them
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    shutil.rmtree(os.environ["RAY_TMPDIR"], ignore_errors=True)
+    os._exit(0)
 
 
 if __name__ == "__main__":
