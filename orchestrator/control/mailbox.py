@@ -66,7 +66,7 @@ class Mailbox:
             self._guard.begin(size, silent)
             if old.places and not old.failed and size != old.size:
                 self._events.append(notice(f"Ray changes the number of workers from {old.size} to {size}"))
-            elif silent:
+            elif silent and self._guard.refusal is None:
                 self._events.append(notice(f"{', '.join(silent[:8])} ended without a word; all workers start again"))
             self._group = _Group(group, size)
         self._group.places[place.rank] = place

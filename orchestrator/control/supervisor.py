@@ -140,7 +140,8 @@ def _fit(config: TrainConfig, placement: Placement, run: Storage, owner: Claim, 
     resources: dict[str, float] = {"CPU": placement.cpus_per_worker}
     if placement.use_gpu:
         resources["GPU"] = 1
-    ray_folder = f"ray/{owner.number:06d}"
+    with suppress(OSError, ValueError):
+        run.delete("ray")  # what a killed driver has left
     trainer = TorchTrainer(
         _work,
         train_loop_config={
@@ -182,7 +183,7 @@ def _fit(config: TrainConfig, placement: Placement, run: Storage, owner: Claim, 
         signal.signal(signal.SIGINT, on_interrupt)
         watch.stop()
         with suppress(OSError, ValueError):
-            run.delete(ray_folder)
+            run.delete("ray")
     with suppress(ray.exceptions.RayError):  # the cluster itself may be gone
         watch.refusal = watch.refusal or ray.get(mailbox.take.remote(), timeout=30).refusal
     if watch.refusal is not None:
