@@ -212,9 +212,13 @@ def test_the_next_start_brings_what_is_missing_and_nothing_twice(
     assert_all_there(server, experiment, journal(1, 60) + journal(61, 90, delay_ms=5))
 
 
-def test_a_store_lost_in_the_middle_gets_everything_again(
+def test_a_lost_store_gets_everything_again(
     server: MlflowServer, experiment: str, tracker: MakeTracker, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """From a driver that lives, and from the journal of a run that had ended."""
+    ended = tracker(server.uri, experiment=f"{experiment}_ended")
+    put_all(ended, journal(1, 60))
+    assert_complete(ended.close(60, RunStatus.FINISHED), tracked(journal(1, 60)))
     one = tracker(server.uri, experiment=experiment)
     one.replay(journal(1, 30))
     put_all(one, journal(31, 60))
@@ -236,21 +240,13 @@ def test_a_store_lost_in_the_middle_gets_everything_again(
     assert "sent again" in caplog.text
     assert list((server.folder / "artifacts").rglob(f"{delivery.run_id}/artifacts/errors.png"))
 
-
-def test_a_lost_store_is_rebuilt_from_the_journal(server: MlflowServer, experiment: str, tracker: MakeTracker) -> None:
-    one = tracker(server.uri, experiment=experiment)
-    put_all(one, journal(1, 60))
-    assert_complete(one.close(60, RunStatus.FINISHED), tracked(journal(1, 60)))
-    server.lose()
-    server.start()
-    server.wait_ready()
     # A driver that has seen the end only is given the whole journal: as at the end of a run, and at a start.
-    two = tracker(server.uri, experiment=experiment)
+    two = tracker(server.uri, experiment=f"{experiment}_ended")
     put_all(two, journal(51, 60))
     wait_until(lambda: two._num_delivered == tracked(journal(51, 60)))
     two.replay(journal(1, 60))
     two.close(60, RunStatus.FINISHED)
-    [run] = runs(server.uri, experiment)
+    [run] = runs(server.uri, f"{experiment}_ended")
     found = rows(server.database, run.info.run_id)
     assert {key: sorted(values) for key, values in found.items()} == expected(journal(1, 60))
 

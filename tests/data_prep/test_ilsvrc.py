@@ -238,15 +238,6 @@ def test_interrupted_by_hand(prepared: Any, tmp_path: Path, tree: Callable) -> N
     assert tree(tmp_path / "o") == prepared.tree
 
 
-@pytest.mark.ray_cluster
-def test_ray_tasks_give_the_same_bytes(prepared: Any, tmp_path: Path, tree: Callable) -> None:
-    arguments = Arguments(archives=str(prepared.archives), out=str(tmp_path / "o"), crop=32, num_tasks=2)
-    report = prepare(arguments, images_per_unit=5)
-    assert tree(tmp_path / "o") == prepared.tree
-    assert report.manifest == prepared.report.manifest
-    assert "RAY_AUTH_TOKEN_PATH" not in os.environ
-
-
 def test_an_object_store_gives_the_same_bytes(prepared: Any) -> None:
     objects = object_store.Bucket.objects
     objects.clear()

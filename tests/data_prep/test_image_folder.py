@@ -257,12 +257,6 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(prepared: Prepared, 
     assert tree(out) == prepared.tree
 
 
-@pytest.mark.ray_cluster
-def test_ray_tasks_give_the_same_bytes(prepared: Prepared, tmp_path: Path, tree: Callable) -> None:
-    prepare(Arguments(str(prepared.folder), str(tmp_path / "o"), crop=CROP, num_tasks=2, images_per_shard=5))
-    assert tree(tmp_path / "o") == prepared.tree
-
-
 def test_an_object_store_gives_the_same_bytes(prepared: Prepared) -> None:
     objects = object_store.Bucket.objects
     objects.clear()

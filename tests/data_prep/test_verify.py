@@ -84,15 +84,6 @@ def test_an_archive_set_is_whole_too(prepared: object) -> None:
     assert problems(prepared.out) == []  # type: ignore[attr-defined]
 
 
-@pytest.mark.ray_cluster
-def test_ray_tasks_find_the_same(spoilt: Path) -> None:
-    flip(shard_of(spoilt, 1), 700)
-    here = verify(Storage(str(spoilt)), num_tasks=0)
-    there = verify(Storage(str(spoilt)), num_tasks=2)
-    assert there.problems == here.problems != []
-    assert (there.num_problems, there.warnings) == (here.num_problems, here.warnings)
-
-
 def test_an_object_store(whole: Path, tmp_path: Path) -> None:
     objects = object_store.Bucket.objects
     objects.clear()

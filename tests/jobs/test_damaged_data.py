@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from orchestrator.data.shards import DataSet
 from orchestrator.storage import Storage
 from orchestrator.training.run import finished
 from tests.conftest import run_module
-from tests.training.group import options, small_config
+from tests.training.group import Group, options, run_to_end, small_config, weights_digest
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,14 +60,12 @@ def test_bad_images_are_replaced_in_training_and_wrong_in_validation(
     folder, bad, bad_in_val = spoiled
     weights = set()
     for name in ("one", "other"):
-        done = train(folder, tmp_path, name)
-        assert done.returncode == 0, done.stdout + done.stderr
-        said = " ".join(done.stdout.split())
-        assert all(f"image {b} cannot be decoded" in said for b in bad), done.stdout
+        group = Group(small_config(folder, tmp_path, name), 1)
+        assert group.wait() == [0]
+        said = [event["text"] for event in group.events() if event["kind"] == "notice"]
+        assert all(any(f"image {b} cannot be decoded" in text for text in said) for b in bad), said
         assert all(f"validation image {b} cannot be decoded: it counts as wrong" in said for b in bad_in_val)
-        outcome = finished(Storage(str(tmp_path / name)))
-        assert outcome is not None
-        weights.add(outcome.weights_sha256)
+        weights.add(weights_digest(tmp_path / name))
     assert len(weights) == 1  # the same images in their place
     records = sorted((tmp_path / "one" / "checkpoints").glob("*/journal.jsonl"))
     journal = [json.loads(line) for line in records[-1].read_text().splitlines()]
@@ -88,5 +87,5 @@ def test_past_the_limit_the_run_stops_with_the_list(spoiled: tuple[Path, list[st
     assert "Traceback" not in refused.stderr
     assert finished(Storage(str(tmp_path / "strict"))) is None
     # Where the user puts up with more, the same run goes on.
-    done = train(folder, tmp_path, "strict", "--input.max-undecodable", "3")
-    assert done.returncode == 0, done.stdout + done.stderr
+    config = small_config(folder, tmp_path, "strict")
+    run_to_end(replace(config, input=replace(config.input, max_undecodable=3)), 1)
