@@ -450,6 +450,7 @@ def _check(config: TrainConfig) -> None:
     floats = {"schedule.lr": s.lr, "schedule.warmup_lr": s.warmup_lr, "optimizer.weight_decay": o.weight_decay}
     floats |= {"schedule.max_epochs": s.max_epochs, "input.colour_std": i.colour_std}
     floats |= {"schedule.plateau_threshold_percent": s.plateau_threshold_percent}
+    floats |= {f"guard.{name}": value for name, value in vars(config.guard).items() if name.endswith("_s")}
     wrong += [f"{name} must be a number, not {value}" for name, value in floats.items() if not math.isfinite(value)]
     if s.warmup is not WarmupKind.NONE and s.warmup_lr <= 0:
         wrong.append(f"schedule.warmup_lr must be positive, not {s.warmup_lr}")

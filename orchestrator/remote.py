@@ -131,13 +131,16 @@ class Line:
                             raise
                     if signs & {"InvalidRange", "416"}:
                         raise OSError(errno.EIO, f"{place} is truncated: it ends before what was asked for") from None
-                    if advice is not None:
+                    # In a worker, whose driver was not refused, keys are being renewed, or a gateway is confused.
+                    if advice is not None and not _trusts:
                         raise StoreRefusedError(f"{place}: {advice}{_said(error)}") from None
                     if type(error).__module__ == "builtins" and not isinstance(error, OSError):
                         raise  # a fault of the program, not of the store
                     known, waited_s = self._answered or _trusts, time.monotonic() - started_s
                     if _stop.is_set() or waited_s >= (self._patience_s if known else self._first_contact_s):
                         said = f"no answer for {waited_s:.0f} s{_said(error)}"
+                        if advice is not None:
+                            raise StoreRefusedError(f"{place}: {advice}{_said(error)}") from None
                         if known:
                             raise StoreUnreachableError(f"{place}: {said}: the same command goes on later") from None
                         raise StoreRefusedError(f"{place}: {said}: {_advice(signs, _TRANSIENT)}") from None

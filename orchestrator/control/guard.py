@@ -31,14 +31,18 @@ class FailureClass(IntEnum):
     SUPERSEDED = 5
 
 
+_OF_PEERS = re.compile(r"gloo|nccl|connect|peer|socket|timed? ?out|network|transport|broken pipe", re.I)
 _OF_MACHINES = re.compile(
-    r"gloo|nccl|cuda|cudnn|cublas|\becc\b|connect|peer|socket|timed? ?out|network|transport|driver|store|broken pipe",
-    re.I,
+    r"cuda|cudnn|cublas|hip|triton|engine|primitive|driver|\becc\b|memory|alloc|thread|store|file|device", re.I
 )
 
 
 def classify(error: BaseException, phase: Phase) -> FailureClass:
-    """The class of what a worker raised in ``phase``. In doubt a machine is at fault: the same is tried again."""
+    """The class of what a worker raised in ``phase``. In doubt a machine is at fault: the same is tried again.
+
+    Only what a network of the user's runs in, or what was raised to be mended, is taken for the user's fault: a run of
+    two weeks must not end for the bad day of a library.
+    """
     match error:
         case SupersededError():
             return FailureClass.SUPERSEDED
@@ -48,15 +52,22 @@ def classify(error: BaseException, phase: Phase) -> FailureClass:
             return FailureClass.NOT_FINITE
         case StorageFailedError():
             return FailureClass.STORAGE
-        case OSError() | MemoryError():
-            return FailureClass.INFRASTRUCTURE
-        case RuntimeError():
-            # torch raises it for wrong shapes as for a dead peer; collectives come after a worker's own share.
-            own = type(error) is RuntimeError and phase is Phase.COMPUTE and not _OF_MACHINES.search(str(error))
-            return FailureClass.USER if own else FailureClass.INFRASTRUCTURE
-        case Exception():
+        case ValueError():
             return FailureClass.USER
-    return FailureClass.INFRASTRUCTURE
+        case OSError() | MemoryError() | EOFError():
+            return FailureClass.INFRASTRUCTURE
+    if phase is not Phase.COMPUTE or not isinstance(error, Exception) or type(error).__module__.startswith("ray."):
+        return FailureClass.INFRASTRUCTURE
+    if isinstance(error, RuntimeError):
+        # torch raises it for wrong shapes as for a dead peer or a full memory.
+        of_machines = type(error) is not RuntimeError or is_of_peers(str(error)) or _OF_MACHINES.search(str(error))
+        return FailureClass.INFRASTRUCTURE if of_machines else FailureClass.USER
+    return FailureClass.USER
+
+
+def is_of_peers(text: str) -> bool:
+    """Whether an error tells of having lost another worker, rather than of a fault of its own."""
+    return _OF_PEERS.search(text) is not None
 
 
 @dataclass(frozen=True)
@@ -66,6 +77,11 @@ class Failure:
     kind: FailureClass
     where: str
     text: str
+
+    @property
+    def is_collateral(self) -> bool:
+        """Whether it only tells of another worker's end."""
+        return self.kind is FailureClass.INFRASTRUCTURE and is_of_peers(self.text)
 
     def __str__(self) -> str:
         return f"{self.where}: {self.text}"
@@ -104,7 +120,8 @@ class Guard:
         self.refusal: Refusal | None = None
         self.num_groups = 0  # worker groups that have begun
         self._size = 0
-        self._step = -1  # of the newest checkpoint
+        self._step = -1  # of the newest checkpoint, as far as this driver knows
+        self._has_saved = False  # this group
         self._failures: list[Failure] = []  # of this group, as told by its workers
         self._spent = 0
         self._tried: list[Failure] = []  # one a restart, since the newest checkpoint
@@ -113,23 +130,27 @@ class Guard:
     def saved(self, step: int) -> None:
         """A checkpoint of ``step`` is durable."""
         if step > self._step:
-            self._step, self._tried = step, []
+            self._step, self._tried, self._has_saved = step, [], True
             self._spent = max(0, self._spent - 1)
+
+    def goes_on_from(self, step: int) -> None:
+        """Workers have begun at ``step``, the newest checkpoint that is whole; 0: there is none."""
+        self._step = step or -1
 
     def begin(self, size: int, silent: Sequence[str] = ()) -> None:
         """A group of ``size`` workers begins; ``silent``: workers of the one before that have told no failure."""
         if self.num_groups:
             self._settle(size, silent)
-        self._size, self._failures = size, []
+        self._size, self._failures, self._has_saved = size, [], False
         self.num_groups += 1
 
     def failed(self, failure: Failure) -> None:
         """A worker of this group has stopped, or was stopped. What cannot be helped is refused at once."""
         self._failures.append(failure)
-        kept = f"the checkpoint of step {self._step} is kept" if self._step >= 0 else "there is no checkpoint yet"
+        kept = f"the checkpoint of step {self._step}" if self._step >= 0 else "what was saved before"
         if failure.kind is FailureClass.USER:
             self._refuse(
-                Ending.USER, f"{failure.text} ({failure.where}; {kept}: mend it, and the same command goes on)"
+                Ending.USER, f"{failure.text} ({failure.where}; {kept} is kept: mend it, and the same command goes on)"
             )
         elif failure.kind is FailureClass.SUPERSEDED:
             self._refuse(Ending.SUPERSEDED, failure.text)
@@ -144,13 +165,14 @@ class Guard:
 
     def _settle(self, new_size: int, silent: Sequence[str]) -> None:
         """The group before is gone: what it costs."""
-        if not self._failures and new_size != self._size:
+        own = [failure for failure in self._failures if not (failure.is_collateral)]
+        if not own and self._has_saved and (new_size > self._size or (not self._failures and new_size < self._size)):
             return  # Ray has changed the number of workers
-        # Those who fell without a word come first: the others mostly tell of having lost them.
+        # Who lost a peer is not to blame, nor are those whom Ray ended then, where another has told what happened.
         fallen = [
-            Failure(FailureClass.INFRASTRUCTURE, w, "ended without a word (killed; out of memory?)") for w in silent
+            Failure(FailureClass.INFRASTRUCTURE, w, "ended without a word (killed? out of memory?)") for w in silent
         ]
-        worst = max(fallen + self._failures, key=lambda f: f.kind)
+        worst = max(own or fallen or self._failures, key=lambda f: f.kind)
         if worst.kind is FailureClass.NOT_FINITE:
             self._not_finite_at = self._step
         if worst.kind is not FailureClass.INFRASTRUCTURE:

@@ -20,6 +20,7 @@ from orchestrator.training.notices import Event, notice
 from orchestrator.training.pulse import Phase, Pulse, Wish
 
 _MANY_BEATS_PER_S = 64.0  # that one actor takes with ease
+_TOGETHER_S = 1.5  # between the last beats of workers that ended at once
 
 
 @dataclass
@@ -29,7 +30,7 @@ class Post:
     events: list[Event]
     refusal: Refusal | None
     group: str  # "" before the first one begins
-    has_failed: bool  # the group is about to end
+    failed_s: float | None  # when a worker of it last told that it fails: the group is about to end
     places: dict[int, Place]
     beats: list[Beat]
     begun_s: float  # when the group's last worker began
@@ -43,9 +44,21 @@ class _Group:
     places: dict[int, Place] = field(default_factory=dict)
     beats: dict[int, Beat] = field(default_factory=dict)
     failed: set[int] = field(default_factory=set)
+    failed_s: float | None = None
+    standing_by: set[int] = field(default_factory=set)
     wish: Wish = Wish.NONE
     begun_s: float = field(default_factory=time.monotonic)
     over: bool = False
+
+    def first_silent(self) -> list[str]:
+        """Workers that have told no failure: of these, those that fell silent first. Ray ends the others after them."""
+        left = [self.beats[r].heard_s if r in self.beats else 0.0 for r in self.places if r not in self.failed]
+        return [
+            str(place)
+            for rank, place in sorted(self.places.items())
+            if rank not in self.failed
+            and (self.beats[rank].heard_s if rank in self.beats else 0.0) <= min(left) + _TOGETHER_S
+        ]
 
 
 class Mailbox:
@@ -55,14 +68,19 @@ class Mailbox:
         self._guard = Guard(run, GuardConfig(**limits))
         self._events: list[Event] = []
         self._group = _Group()
+        self._past: set[str] = set()
+        self._num_taken = 0  # events that have left the mailbox
 
     # -- for workers --------------------------------------------------------------------------------------------
 
     def begin(self, group: str, size: int, place: Place) -> tuple[bool, int, float]:
         """A worker starts: whether it may, the number of its group (from 1), and seconds to wait first."""
+        if group in self._past:
+            return False, 0, 0.0  # a straggler of a group that is long gone
         if group != self._group.name:
             old = self._group
-            silent = [str(p) for rank, p in sorted(old.places.items()) if rank not in old.failed]
+            self._past.add(old.name)
+            silent = old.first_silent()
             self._guard.begin(size, silent)
             if old.places and not old.failed and size != old.size:
                 self._events.append(notice(f"Ray changes the number of workers from {old.size} to {size}"))
@@ -78,21 +96,24 @@ class Mailbox:
 
     def put(self, events: list[Event]) -> None:
         for event in events:
-            if event["kind"] == "checkpoint" or (event["kind"] == "start" and event["step"]):
+            if event["kind"] == "checkpoint":
                 self._guard.saved(event["step"])
+            elif event["kind"] == "start":
+                self._guard.goes_on_from(event["step"])
         self._events += events
 
     def failed(self, group: str, rank: int, failure: Failure) -> bool:
         """Worker ``rank`` of ``group`` stops, or was stopped; whether all are going to start again."""
         if group == self._group.name:
             self._group.failed.add(rank)
+            self._group.failed_s = time.monotonic()
             self._guard.failed(failure)
         return self._guard.refusal is None
 
     def beat(self, group: str, beat: dict[str, Any]) -> Wish:
         """A sign of life; what is wished of the worker. A checkpoint is asked of the first one, once."""
         g = self._group
-        if group != g.name:
+        if group != g.name or beat["rank"] in g.standing_by:
             return Wish.NONE
         g.beats[beat["rank"]] = Beat(**beat, heard_s=time.monotonic())
         if g.wish is Wish.SAVE:
@@ -101,6 +122,12 @@ class Mailbox:
             g.wish = Wish.NONE
             return Wish.SAVE
         return g.wish
+
+    def stand_by(self, group: str, rank: int) -> None:
+        """This worker takes no part: nobody waits for it."""
+        if group == self._group.name:
+            self._group.standing_by.add(rank)
+            self._group.beats.pop(rank, None)
 
     def end(self, group: str) -> None:
         """The workers of ``group`` have done all."""
@@ -111,11 +138,14 @@ class Mailbox:
 
     # -- for the driver -----------------------------------------------------------------------------------------
 
-    def take(self) -> Post:
-        events, self._events = self._events, []
+    def take(self, num_received: int) -> Post:
+        """Everything after the first ``num_received`` events: an answer that was lost is given again."""
+        del self._events[: num_received - self._num_taken]
+        self._num_taken = num_received
+        events = list(self._events)
         g = self._group
         beats = [beat for _, beat in sorted(g.beats.items())]
-        return Post(events, self._guard.refusal, g.name, bool(g.failed), g.places, beats, g.begun_s, time.monotonic())
+        return Post(events, self._guard.refusal, g.name, g.failed_s, g.places, beats, g.begun_s, time.monotonic())
 
     def wish(self, group: str, wish: Wish) -> None:
         if group == self._group.name:
@@ -151,7 +181,7 @@ class Heart:
             pulse = self._pulse
             beat = {"rank": self._place.rank, "step": pulse.step, "phase": pulse.phase, "count": pulse.count}
             beat["waits_for_storage"] = pulse.waits_for_storage or is_waiting()
-            with suppress(ray.exceptions.RayError):  # the driver is gone, or busy: not this worker's affair
+            with suppress(Exception):  # the driver is gone, or busy: not this worker's affair
                 wish = ray.get(self._mailbox.beat.remote(self._group, beat), timeout=30)
                 pulse.wish = max(pulse.wish, wish)
             self._end.wait(self._interval_s)

@@ -70,6 +70,8 @@ def end_worker(place: Place) -> str:
         process.kill()
     except psutil.NoSuchProcess:
         return "its process has ended"
+    except psutil.AccessDenied:
+        return "its process cannot be ended from here"
     path.unlink(missing_ok=True)
     return f"{words}; it was killed"
 

@@ -29,7 +29,7 @@ from orchestrator.remote import stop_waiting, trust_stores
 from orchestrator.storage import Storage
 from orchestrator.training.notices import Event, notice, warnings_told
 from orchestrator.training.ownership import Claim, SupersededError, claim, next_start
-from orchestrator.training.pulse import Pulse, Wish
+from orchestrator.training.pulse import Phase, Pulse, Wish
 from orchestrator.training.run import Outcome, check_identity, finished, fix_identity, run_storage
 from orchestrator.training.trainer import train
 from orchestrator.world import World, largest_share, share_of
@@ -172,8 +172,11 @@ def _fit(config: TrainConfig, placement: Placement, run: Storage, owner: Claim, 
     on_interrupt = signal.getsignal(signal.SIGINT)
     try:
         watch.start()
-        trainer.fit()
-    except SystemExit:  # what Ray's own SIGINT handler makes of Ctrl-C, and of the watch's call
+        try:
+            trainer.fit()
+        finally:
+            watch.fit_has_ended()
+    except (SystemExit, KeyboardInterrupt):  # what Ray's own SIGINT handler makes of Ctrl-C, and of the watch's call
         if not watch.gave_up:
             stop_waiting()
             raise KeyboardInterrupt from None
@@ -185,10 +188,10 @@ def _fit(config: TrainConfig, placement: Placement, run: Storage, owner: Claim, 
         with suppress(OSError, ValueError):
             run.delete("ray")
     with suppress(ray.exceptions.RayError):  # the cluster itself may be gone
-        watch.refusal = watch.refusal or ray.get(mailbox.take.remote(), timeout=30).refusal
-    if watch.refusal is not None:
-        raise _as_error(watch.refusal)
+        watch.refusal = watch.refusal or ray.get(mailbox.take.remote(0), timeout=30).refusal
     outcome = finished(run)
+    if watch.refusal is not None and (outcome is None or watch.refusal.ending is Ending.SUPERSEDED):
+        raise _as_error(watch.refusal)
     if outcome is None:
         raise RunFailedError(
             f"run {config.name!r} stopped before its end"
@@ -235,9 +238,9 @@ def _work(settings: dict[str, Any]) -> None:
             share = largest_share(size, batch.global_batch_size, batch.bn_group_size)
             world = World.from_process_group(device, share)
             if world.stands_by:
+                ray.get(mailbox.stand_by.remote(group, here.rank))
                 while not ray.get(mailbox.is_over.remote(group)):
-                    pulse.alive()
-                    time.sleep(1.0)
+                    time.sleep(2.0)
                 return
             attempt = settings["attempt"]
             if number > 1 and world.is_first:  # what the group before still publishes must not count
@@ -246,6 +249,8 @@ def _work(settings: dict[str, Any]) -> None:
             ray.get(mailbox.end.remote(group))
         except Exception as error:
             kind = classify(error, pulse.phase)
+            if kind is FailureClass.USER and pulse.phase is Phase.START and number > 1:
+                kind = FailureClass.INFRASTRUCTURE  # it has worked before: this machine lacks something
             text = (
                 str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {_cause(error)}{_at(error)}"
             )

@@ -24,7 +24,9 @@ _log = logging.getLogger(__name__)
 
 _POLL_S = 0.25
 _NODES_POLL_S = 2.0
-_SAVE_EVERY_S = 10.0
+_SAVE_EVERY_S, _MAX_SAVES = 10.0, 20
+_ENDING_S = 30.0
+_MAILBOX_S = 60.0  # without an answer of the mailbox, after which it is taken for lost
 _KILL_TIMEOUT_S = 30.0
 
 
@@ -50,6 +52,8 @@ class Watch:
         self._started_s: float | None = None  # on the mailbox's clock
         self._nodes_looked_at_s = self._saved_s = 0.0
         self._draining: set[str] = set()
+        self._num_received = self._num_saves = 0
+        self._group = ""
         self.gave_up = False  # fit was interrupted from here
         self.refusal: Refusal | None = None
 
@@ -58,44 +62,61 @@ class Watch:
         self._is_fitting = True
         self._thread.start()
 
-    def stop(self) -> None:
-        """``fit`` has returned: pass on what is left."""
+    def fit_has_ended(self) -> None:
+        """From the main thread: nothing is left to interrupt."""
         with self._lock:
             self._is_fitting = False
+
+    def stop(self) -> None:
+        """Pass on what is left, and end."""
         self._end.set()
         self._thread.join(timeout=15)
 
     def _run(self) -> None:
-        import ray
-
+        heard_s, told = time.monotonic(), False
         while True:
             last_round = self._end.is_set()
-            with suppress(ray.exceptions.RayError):
-                post = ray.get(self._mailbox.take.remote(), timeout=30)
-                for event in post.events:
-                    with suppress(Exception):  # whatever goes wrong in showing the run must not end it
-                        self._listen(event)
-                if not last_round:
-                    try:
-                        self._look(post)
-                    except ray.exceptions.RayError:
-                        raise
-                    except Exception:
-                        _log.exception("the watch over the workers failed; it goes on")
+            try:
+                self._round(last_round)
+                heard_s = time.monotonic()
+            except Exception as error:
+                if time.monotonic() - heard_s > _MAILBOX_S:
+                    text = (
+                        f"run {self._run_name!r}: the driver's mailbox is gone ({type(error).__name__}): the same "
+                        "command goes on from the newest checkpoint"
+                    )
+                    self._stop_run(Refusal(Ending.FAILED, text))
+                elif not told:
+                    told = True
+                    _log.warning("the watch over the workers goes on after an error", exc_info=error)
             if last_round:
                 return
             self._end.wait(_POLL_S)
 
+    def _round(self, is_last: bool) -> None:
+        import ray
+
+        post = ray.get(self._mailbox.take.remote(self._num_received), timeout=30)
+        self._num_received += len(post.events)
+        for event in post.events:
+            with suppress(Exception):  # whatever goes wrong in showing the run must not end it
+                self._listen(event)
+        if not is_last:
+            self._look(post)
+
     def _look(self, post: Post) -> None:
         if self._owner.lost and post.refusal is None:
-            text = "was claimed by another driver: this one stops here, and the newer one goes on"
-            self._stop_run(Refusal(Ending.SUPERSEDED, f"run {self._run_name!r} {text}"))
+            text = f"run {self._run_name!r} was claimed by another driver: it stops here, and the newer one goes on"
+            self._stop_run(Refusal(Ending.SUPERSEDED, text))
         elif post.refusal is not None:
             self._stop_run(post.refusal)
         else:
             self._look_for_workers(post)
             hang = self._watchdog.look(post.now_s, post.group, post.beats)
-            if hang is not None and not post.has_failed:
+            # Ray ends a group soon after a worker has failed: one that goes on long after has not been ended.
+            last_s = max((beat.heard_s for beat in post.beats), default=0.0)
+            is_ending = post.failed_s is not None and last_s < post.failed_s + _ENDING_S
+            if hang is not None and not is_ending:
                 threading.Thread(target=self._end_hang, args=(hang, post), name="end-hang", daemon=True).start()
             if post.beats and time.monotonic() - self._nodes_looked_at_s > _NODES_POLL_S:
                 self._nodes_looked_at_s = time.monotonic()
@@ -147,10 +168,13 @@ class Watch:
             return
         import ray
 
-        free = ray.available_resources()
-        has_room = free.get("CPU", 0) >= p.cpus_per_worker and free.get("GPU", 0) >= p.use_gpu
-        if has_room and time.monotonic() - self._saved_s > _SAVE_EVERY_S:
-            self._saved_s = time.monotonic()
+        if post.group != self._group:
+            self._group, self._num_saves = post.group, 0
+        nodes = ray._private.state.available_resources_per_node().values()  # as Ray counts, node by node
+        has_room = any(free.get("CPU", 0) >= p.cpus_per_worker and free.get("GPU", 0) >= p.use_gpu for free in nodes)
+        # Ray looks once a minute; where it does not take the room, it has its reasons.
+        if has_room and self._num_saves < _MAX_SAVES and time.monotonic() - self._saved_s > _SAVE_EVERY_S:
+            self._saved_s, self._num_saves = time.monotonic(), self._num_saves + 1
             self._mailbox.wish.remote(post.group, Wish.SAVE)
 
     def _stop_run(self, refusal: Refusal) -> None:

@@ -35,7 +35,7 @@ from torch import Tensor
 from orchestrator.remote import StoreRefusedError, StoreUnreachableError
 from orchestrator.storage import DigestError, Storage, sha256_hex
 from orchestrator.training.commit_record import CommitRecord, FileRecord, best, counting
-from orchestrator.training.failures import StorageFailedError
+from orchestrator.training.failures import NotFiniteError, StorageFailedError
 from orchestrator.training.ownership import check_ownership
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
@@ -84,6 +84,11 @@ def newest_journal(run: Storage) -> list[dict[str, Any]]:
     return []
 
 
+# Of one file and for good: what another checkpoint may not suffer from.
+_READ_PAUSES_S = (1.0, 2.0, 4.0)
+_BAD_SECTORS = {errno.EIO, errno.EACCES, errno.EPERM, errno.EISDIR}
+
+
 class Checkpoints:
     """The checkpoints of one run in storage. One writer: rank 0 of the newest start."""
 
@@ -109,6 +114,7 @@ class Checkpoints:
         self._patience_s = patience_s
         self._pending: Future[None] | None = None
         self._starts: tuple[tuple[int, int], ...] | None = None
+        self.loaded_attempt = 0  # the start that wrote what ``newest`` chose
         self._kept_step: int | None = None  # of the newest checkpoint that is known to be whole
         self._told: set[str] = set()
 
@@ -117,6 +123,11 @@ class Checkpoints:
     def records(self) -> list[CommitRecord]:
         """The commit records that can be read and count, oldest first."""
         return counting(self._readable())
+
+    def record(self, step: int, attempt: int) -> CommitRecord | None:
+        """The commit record of ``step`` that start ``attempt`` wrote; None where it is not seen."""
+        name = CommitRecord(step, attempt, {}, ()).name
+        return next((r for r in self._readable() if r.name == name), None)
 
     def _readable(self) -> list[CommitRecord]:
         found = []
@@ -147,22 +158,37 @@ class Checkpoints:
         records = self.records()
         for record in reversed(records):
             try:
-                snapshot = self.load(record)
+                snapshot = self._load_patiently(record)
             except StoreRefusedError:  # nothing is wrong with the checkpoint
                 raise
             except (DigestError, FileNotFoundError, ValueError, safetensors.SafetensorError) as error:
                 self._notice(f"checkpoint of step {record.step} is not usable ({error}): going back to the one before")
+            except OSError as error:
+                if error.errno not in _BAD_SECTORS or isinstance(error, StoreUnreachableError):
+                    raise
+                self._notice(f"checkpoint of step {record.step} is not usable ({error}): going back to the one before")
             else:
                 self._starts = (*record.starts, (self._attempt, record.step))
-                self._kept_step = record.step
+                self._kept_step, self.loaded_attempt = record.step, record.attempt
                 return snapshot
-        if records:
+        if names := self._record_names():
             raise ValueError(
-                f"none of the {len(records)} checkpoints of {self._run.url} is usable: restore one, or delete "
+                f"none of the {len(names)} checkpoints of {self._run.url} is usable: restore one, or delete "
                 "checkpoints/ there to begin again"
             )
         self._starts = ((self._attempt, 0),)
         return None
+
+    def _load_patiently(self, record: CommitRecord) -> Snapshot:
+        """A disk that does not answer for a moment is no damage: going back would give steps up for nothing."""
+        for pause_s in _READ_PAUSES_S:
+            try:
+                return self.load(record)
+            except OSError as error:
+                if error.errno not in _BAD_SECTORS or isinstance(error, DigestError):
+                    raise
+                time.sleep(pause_s)
+        return self.load(record)
 
     def load(self, record: CommitRecord) -> Snapshot:
         """Read and verify one checkpoint. Raises DigestError, OSError, ValueError."""
@@ -218,9 +244,9 @@ class Checkpoints:
 
     def _publish(self, snapshot: Snapshot) -> None:
         if not all(bool(t.isfinite().all()) for t in snapshot.tensors.values()):
-            raise ValueError(
+            raise NotFiniteError(
                 f"the weights of step {snapshot.step} are not finite: they are not saved, and the checkpoints before "
-                "are kept; lower schedule.lr or use a warm-up, under a new name"
+                "are kept; where it happens again, lower schedule.lr or use a warm-up, under a new name"
             )
         contents = {
             "tensors.safetensors": safetensors.torch.save(snapshot.tensors),
@@ -255,14 +281,14 @@ class Checkpoints:
                 if failed_s is not None:
                     self._notice(f"the checkpoint of step {step} is stored now, {_since(failed_s)} s after a first try")
                 return record
-            # A store that does not answer had its patience in the call.
+            # A store that does not answer has been waited for in the call.
             is_away = isinstance(cause, StoreUnreachableError)
             if failed_s is None:
                 failed_s = began_s if is_away else time.monotonic()
             if not is_away:
                 self._clear(record, cause)
             left_s = self._patience_s - (time.monotonic() - failed_s)
-            if is_away or left_s <= 0 or _ENDING.is_set():
+            if left_s <= 0 or _ENDING.is_set():
                 self._give_up(step, _since(failed_s), cause, contents)
             tries += 1
             if tries == 1:
@@ -327,7 +353,10 @@ class Checkpoints:
         where that cannot be read.
         """
         check_ownership(self._run, self._attempt)
-        self._delete_orphans(self._attempt - 1)
+        try:
+            self._delete_orphans(self._attempt - 1)
+        except OSError as error:  # it takes room, and harms nobody
+            self._notice(f"old checkpoints cannot be deleted ({error}): tried again with the next one")
         self._run.delete_fragments("checkpoints")
         if self._kept_step is not None:
             self._collect(self._kept_step, ahead=False)

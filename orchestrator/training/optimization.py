@@ -170,7 +170,7 @@ class SGD:
         self.lr = 0.0
 
     def not_finite(self) -> torch.Tensor:
-        """[] bool on the parameters' device: whether any gradient in ``.grad`` is NaN or infinite."""
+        """[] bool on the parameters' device: whether any gradient in ``.grad`` is NaN, infinite, or past squaring."""
         gradients = [p.grad for p in self._names.values() if p.grad is not None]
         return ~torch.stack(torch._foreach_norm(gradients)).isfinite().all()
 

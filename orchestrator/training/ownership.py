@@ -243,7 +243,10 @@ def _wait_for_the_end_of(
 
 def _is_silent(run: Storage, number: int, start: Start | None, lease_s: float) -> bool:
     """Whether the lease stays as it is for ``lease_s`` seconds of this process's clock, or is released."""
-    claimed = start.claim if start else number
+    below = start
+    for earlier in range(number - 1, 0, -1):  # a torn record: its driver's lease is that of the one before, perhaps
+        below = below or _read(run, earlier)
+    claimed = below.claim if below else number
 
     def look() -> tuple[bytes | None, Start | None]:
         lease = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -47,6 +47,8 @@ from orchestrator.training.step import ClassificationStep
 from orchestrator.training.stragglers import Stopwatch, Stragglers
 from orchestrator.training.validation import validate
 from orchestrator.world import World
+
+Found = TypeVar("Found")
 
 
 def train(
@@ -98,7 +100,8 @@ def train(
 
     def gradients_ready() -> None:
         stopwatch.split()
-        pulse.at(Phase.REDUCE, pulse.step)
+        if pulse.phase is Phase.COMPUTE:  # not in the passes that settle buckets
+            pulse.at(Phase.REDUCE, pulse.step)
 
     take_step = ClassificationStep(
         model,
@@ -236,8 +239,7 @@ def train(
         check_ownership(run, attempt)
         finish(run, _outcome(run, checkpoints, weights_sha256(take_step.tensors()), journal))
     world.barrier()
-    outcome = finished(run)
-    assert outcome is not None
+    outcome = _eventually(lambda: finished(run), f"{run.url}/finished.json")
     tell({"kind": "finished", **asdict(outcome)})
     return outcome
 
@@ -245,10 +247,24 @@ def train(
 def _agreed_snapshot(checkpoints: Checkpoints, world: World) -> Snapshot | None:
     """Rank 0 chooses the newest verified checkpoint; every rank loads that one, or fails."""
     snapshot = checkpoints.newest() if world.is_first else None
-    chosen = world.from_first(snapshot.step if snapshot is not None else -1)
-    if chosen < 0 or world.is_first:
+    step = world.from_first(snapshot.step if snapshot is not None else -1)
+    attempt = world.from_first(checkpoints.loaded_attempt)
+    if step < 0 or world.is_first:
         return snapshot
-    return checkpoints.load(next(r for r in checkpoints.records() if r.step == chosen))
+    return checkpoints.load(_eventually(lambda: checkpoints.record(step, attempt), f"checkpoint of step {step}"))
+
+
+_LISTING_S = 60.0  # after which every machine sees what another has written, whatever its file system caches
+
+
+def _eventually(look: Callable[[], Found | None], what: str) -> Found:
+    """What ``look`` finds at last. Raises OSError."""
+    until_s = time.monotonic() + _LISTING_S
+    while (found := look()) is None:
+        if time.monotonic() > until_s:
+            raise OSError(f"{what} was written by another worker and is not seen from here: is it one storage for all?")
+        time.sleep(0.5)
+    return found
 
 
 def _outcome(run: Storage, checkpoints: Checkpoints, sha256: str, journal: list[Event]) -> Outcome:

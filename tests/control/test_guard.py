@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import ray
 import torch
 
 from orchestrator.config import GuardConfig
@@ -29,6 +30,12 @@ SHAPES = "mat1 and mat2 shapes cannot be multiplied (8x64 and 32x10)"
         (RuntimeError(PEER), Phase.COMPUTE, FailureClass.INFRASTRUCTURE),  # a batch-norm group that is shared
         (RuntimeError("CUDA error: uncorrectable ECC error encountered"), Phase.COMPUTE, FailureClass.INFRASTRUCTURE),
         (torch.OutOfMemoryError("no room"), Phase.COMPUTE, FailureClass.INFRASTRUCTURE),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), Phase.COMPUTE, FailureClass.INFRASTRUCTURE),
+        (RuntimeError("could not create a primitive"), Phase.COMPUTE, FailureClass.INFRASTRUCTURE),
+        (RuntimeError("can't start new thread"), Phase.COMPUTE, FailureClass.INFRASTRUCTURE),
+        (KeyError("LastModified"), Phase.INPUT, FailureClass.INFRASTRUCTURE),  # of some library
+        (ray.exceptions.RayActorError(), Phase.COMPUTE, FailureClass.INFRASTRUCTURE),
+        (EOFError(), Phase.COMPUTE, FailureClass.INFRASTRUCTURE),
         (RuntimeError(SHAPES), Phase.REDUCE, FailureClass.INFRASTRUCTURE),  # in doubt
         (ConnectionResetError("peer"), Phase.MEASURE, FailureClass.INFRASTRUCTURE),
         (StoreUnreachableError("no answer for 300 s"), Phase.INPUT, FailureClass.INFRASTRUCTURE),
@@ -143,10 +150,45 @@ def test_preemptions_and_resizes_are_free() -> None:
     guard = started(replace(LIMITS, max_failures=0, max_stalled_restarts=0))
     for _ in range(5):
         fail(guard, failure(FailureClass.PREEMPTED, "left"), failure(), silent=())
+    guard.saved(5)
     guard.begin(3, ("worker 0", "worker 1"))  # Ray has found a place for a third
     assert guard.refusal is None
+    guard.saved(6)
     guard.begin(3, ("worker 0", "worker 1", "worker 2"))  # all of them fell: no change of the number explains it
     assert guard.refusal is not None
+
+
+def test_groups_of_changing_size_that_come_to_nothing_are_given_up() -> None:
+    guard = started()
+    for size in (3, 2, 3, 2, 3):
+        guard.begin(size, ("worker 0",))
+    assert guard.refusal is not None
+
+
+def test_the_one_to_blame_is_named() -> None:
+    """Not those that lost it, and not those that were ended before they could speak."""
+    guard = started(replace(LIMITS, max_stalled_restarts=0))
+    fail(guard, failure(rank=0), failure(text="OSError: a bad disk", rank=2), silent=("worker 1",))
+    assert guard.refusal is not None
+    assert "1. worker 2: OSError: a bad disk" in guard.refusal.text
+    silent = started(replace(LIMITS, max_stalled_restarts=0))
+    fail(silent, failure(rank=0))
+    assert silent.refusal is not None
+    assert "1. worker 1: ended without a word" in silent.refusal.text
+
+
+def test_after_going_back_what_comes_next_is_progress() -> None:
+    guard = started()
+    guard.goes_on_from(1000)
+    for step in range(500, 600, 10):  # the checkpoint of 1000 was damaged
+        fail(guard, failure())
+        guard.goes_on_from(step)
+        guard.saved(step + 10)
+    assert guard.refusal is None
+    fail(guard, failure(), failure(), silent=())
+    guard.failed(failure(FailureClass.USER, "TypeError: no"))
+    assert guard.refusal is not None
+    assert "checkpoint of step 600 is kept" in guard.refusal.text
 
 
 def test_a_machine_that_fails_at_once_is_given_time() -> None:

@@ -34,7 +34,8 @@ ERRORS = {
     ),
 }
 # Functions and methods whose first text is a message; lists that gather messages; tables of (pattern, message).
-TELLERS = {"_refuse", "_give_up", "notice", "_notice", "tell", "problem", "warning", "add", "first", "_missing"}
+TELLERS = {"notice", "_notice", "tell", "problem", "warning", "add", "first", "_missing"}
+TELLERS |= {"Refusal", "_refuse", "_give_up"}
 GATHERED = {"wrong", "warnings", "notes"}
 TABLES = {"_SETTINGS", "_TRANSIENT"}
 PRINTED = ("error: ", "warning: ", "note: ", "interrupted: ", "damaged: ")
@@ -119,7 +120,8 @@ class _Reader:
                         # OSError(errno, text)
                         yield from self._told(call.args[-1], raised=_name(call.func))
             case ast.Call(func=function, args=arguments) if _name(function) in TELLERS and arguments:
-                texts = [a for a in arguments if _is_text(a)] or arguments[:1]
+                texts = [a for a in arguments if _is_text(a)]
+                texts = texts or (arguments[-1:] if _name(function) == "Refusal" else arguments[:1])
                 yield from self._told(texts[0])
             case ast.Call(func=ast.Attribute(value=ast.Name(id=name), attr="append"), args=[text]) if name in GATHERED:
                 yield from self._told(text)

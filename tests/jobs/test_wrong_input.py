@@ -91,7 +91,8 @@ def test_a_changed_config_under_an_old_name(typed: Run, tmp_path: Path, prepared
     config = command_line.parse(list(arguments), imagenet.RECIPES, default="resnet50", program="").config
     fix_identity(Storage(str(run)), config, DataSet(Storage(str(prepared))))
     refused(typed, tmp_path, *arguments, "--schedule.lr", "0.3", saying="schedule.lr: 0.02 → 0.3")
-    Storage(str(run)).publish("checkpoints/000000001-a000001.json", b"")  # without one nothing is lost by writing it again
+    # Without a checkpoint nothing would be lost by writing it again.
+    Storage(str(run)).publish("checkpoints/000000001-a000001.json", b"")
     (run / "config.json").write_text(json.dumps({"identity": {}})[:-3])
     refused(typed, tmp_path, *arguments, saying="config.json is damaged")
 

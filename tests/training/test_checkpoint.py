@@ -13,12 +13,14 @@ import torch
 
 from orchestrator.data.shards import DataSet
 from orchestrator.storage import Storage
+from orchestrator.training import checkpoint
 from orchestrator.training.checkpoint import (
     Checkpoints,
     Snapshot,
     newest_journal,
 )
 from orchestrator.training.commit_record import CommitRecord, counting
+from orchestrator.training.failures import NotFiniteError
 from orchestrator.training.ownership import SupersededError, newest_attempt
 from orchestrator.training.run import check_identity, data_digest, finished, fix_identity
 from tests.training.group import CONTEXT, small_config, take_number
@@ -139,9 +141,31 @@ def test_what_an_owner_is_writing_is_no_orphan(run: Storage) -> None:
 def test_weights_that_are_not_finite_are_not_saved(run: Storage) -> None:
     checkpoints = saved(run, 10)
     checkpoints.save(Snapshot(20, {"model/w": torch.tensor([1.0, float("nan")])}, {}, []))
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(NotFiniteError, match="not finite"):
         checkpoints.wait()
     assert [r.step for r in checkpoints.records()] == [10]
+
+
+def test_a_run_whose_records_are_all_damaged_does_not_begin_again(run: Storage) -> None:
+    saved(run, 10, 20)
+    for name in run.files("checkpoints"):
+        Path(run.path(name)).write_bytes(run.read(name).replace(b"sha256", b"sha257", 1))
+    with pytest.raises(ValueError, match=r"none of the 2 checkpoints of .* is usable"):
+        open_run(run)[0].newest()
+
+
+def test_a_late_writer_of_the_same_step_is_not_what_the_others_load(run: Storage) -> None:
+    saved(run, 10)
+    first, _ = open_run(run, attempt=0)
+    assert first.newest() is not None
+    found = first.record(10, first.loaded_attempt)
+    assert found is not None
+    assert (found.step, found.attempt) == (10, first.loaded_attempt)
+    saved(run, 10)  # by a later start
+    other, _ = open_run(run, attempt=0)
+    assert other.newest() is not None
+    assert other.loaded_attempt > first.loaded_attempt
+    assert other.record(10, first.loaded_attempt) is None  # to be waited for, not to be replaced by another
 
 
 def test_the_same_step_can_be_saved_again(run: Storage) -> None:
@@ -290,20 +314,27 @@ def test_a_commit_record_is_verified_too(run: Storage) -> None:
 
 
 def test_an_error_of_the_store_is_no_damage(run: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Going back because a disk did not answer would give steps up for nothing."""
+    """Going back because a disk did not answer for a moment would give steps up for nothing."""
     saved(run, 10, 20)
-    read = Storage.read
+    read, num_failures = Storage.read, [2]
 
     def fail(self: Storage, name: str, sha256: str | None = None) -> bytes:
-        if name.endswith("000000020-a000001/state.json"):
+        if name.endswith("000000020-a000001/state.json") and num_failures[0]:
+            num_failures[0] -= 1
             raise OSError(errno.EIO, "Input/output error")
         return read(self, name, sha256)
 
     monkeypatch.setattr(Storage, "read", fail)
+    monkeypatch.setattr(checkpoint, "_READ_PAUSES_S", (0.01,) * 3)
     reader, notices = open_run(run, attempt=0)
-    with pytest.raises(OSError, match="Input/output"):
-        reader.newest()
-    assert notices == []
+    found = reader.newest()
+    assert found is not None
+    assert (found.step, notices) == (20, [])
+    num_failures[0] = 1000  # a bad sector: for good
+    found = reader.newest()
+    assert found is not None
+    assert found.step == 10
+    assert "step 20 is not usable" in notices[0]
 
 
 def test_a_restart_deletes_what_an_earlier_one_could_not(run: Storage) -> None:
