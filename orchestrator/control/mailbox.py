@@ -45,6 +45,7 @@ class _Group:
     beats: dict[int, Beat] = field(default_factory=dict)
     failed: set[int] = field(default_factory=set)
     failed_s: float | None = None
+    is_explained: bool = False  # why it ended: Ray ends those that are left, without a word
     standing_by: set[int] = field(default_factory=set)
     wish: Wish = Wish.NONE
     begun_s: float = field(default_factory=time.monotonic)
@@ -84,7 +85,7 @@ class Mailbox:
             self._guard.begin(size, silent)
             if old.places and not old.failed and size != old.size:
                 self._events.append(notice(f"Ray changes the number of workers from {old.size} to {size}"))
-            elif silent and self._guard.refusal is None:
+            elif silent and not old.is_explained and self._guard.refusal is None:
                 self._events.append(notice(f"{', '.join(silent[:8])} ended without a word; all workers start again"))
             self._group = _Group(group, size)
         self._group.places[place.rank] = place
@@ -107,6 +108,7 @@ class Mailbox:
         if group == self._group.name:
             self._group.failed.add(rank)
             self._group.failed_s = time.monotonic()
+            self._group.is_explained |= not failure.is_collateral
             self._guard.failed(failure)
         return self._guard.refusal is None
 

@@ -29,8 +29,15 @@ EVERY_CLASS = "FAULT_SEEDS" in os.environ
 NUM_SEEDS = int(os.environ.get("FAULT_SEEDS", "1"))
 # What others contain (a damaged checkpoint: a killed driver; Ray's damaged files: a killed worker) needs no turn here.
 # MLflow that is down: test_tracking_outage.py; a full disk: training/test_failing_store.py.
-IN_SHORT = "clock-back two-drivers store-failing ray-files worker-stop nan node-lost node-drained exception"
-IN_SHORT += " checkpoint-flipped ctrl-c cluster-lost"
+IN_SHORT = "clock-back mlflow-down store-failing nan worker-stop node-drained exception checkpoint-flipped"
+SAID_BY = {
+    "ctrl-c": "interrupted: the same command goes on from the newest checkpoint",
+    "exception": "rehearsed: an exception in the user's code",
+    "worker-stop": "no progress for",
+    "nan": "not finite",
+    "node-drained": "is going away",
+    "checkpoint-flipped": "is not usable",
+}
 
 
 # -- the network that obeys orders ----------------------------------------------------------------------------------
@@ -208,21 +215,16 @@ def test_no_fault_changes_what_a_run_ends_with(seed: int, tmp_path: Path) -> Non
         assert store.execute("select count(*) from inputs where destination_id = ?", (run_id,)).fetchone() == (1,)
         tags = dict(store.execute("select key, value from tags where run_uuid = ?", (run_id,)).fetchall())
         assert tags["recipe"] == "resnet50"
-        assert 5 < int(tags["starts"]) <= len(list((disturbed / "attempts").glob("*.json")))
+        assert 4 <= int(tags["starts"]) <= len(list((disturbed / "attempts").glob("*.json")))
         assert tags["mlflow.note.content"].startswith("**Result:** best validation top-1 error ")
         assert tags["best_checkpoint"].startswith(str(disturbed))
     assert (disturbed / "figures" / "errors.png").stat().st_size > 10_000
 
     # Every message names what happened; nothing else is on a user's screen.
-    for words_said in (
-        "interrupted: the same command goes on from the newest checkpoint",
-        "rehearsed: an exception in the user's code",
-        "no progress for",
-        "not finite",
-        "is not usable",
-    ):
-        assert words_said in said, said
-    assert not any(word in said for word in ("Traceback", "(pid="))
+    for name in SAID_BY.keys() & set(names):
+        assert SAID_BY[name] in said, said
+    assert not any(word in said for word in ("Traceback", "(pid=")), said
+    assert not (disturbed / "ray").exists()  # nor is there what a killed driver has left
     check_a_finished_run(config, out, disturbed)
 
 

@@ -70,6 +70,13 @@ def test_who_fell_silent_first_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     assert texts(mailbox) == ["worker 1 (process 101 on host) ended without a word; all workers start again"]
 
 
+def test_those_whom_ray_ended_are_not_told_of_where_the_reason_is_known() -> None:
+    mailbox = opened()
+    mailbox.failed("a", 1, Failure(FailureClass.INFRASTRUCTURE, "worker 1", "no progress for 120 s; it was killed"))
+    begin(mailbox, "b", 2)
+    assert texts(mailbox) == []
+
+
 def test_a_change_of_the_number_is_told_as_one() -> None:
     mailbox = opened()
     mailbox.put([{"kind": "checkpoint", "step": 4}])
