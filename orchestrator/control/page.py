@@ -113,7 +113,7 @@ def _run_lines(plan: Plan) -> Iterator[str]:
 
 def _attempt_line(run: RunFacts) -> str:
     by = f" ({run.attempt_by})" if run.attempt_by else ""
-    return f"this would be start number {run.attempt + 1}; number {run.attempt}{by}, should it still run, would stop"
+    return f"this would be start number {run.attempt + 1}; while number {run.attempt}{by} is at work it is refused"
 
 
 def _config_lines(config: TrainConfig, recipe: TrainConfig) -> Iterator[str | Text]:
