@@ -29,7 +29,7 @@ EVERY_CLASS = "FAULT_SEEDS" in os.environ
 NUM_SEEDS = int(os.environ.get("FAULT_SEEDS", "1"))
 # What others contain (a damaged checkpoint: a killed driver; Ray's damaged files: a killed worker) needs no turn here.
 # MLflow that is down: test_tracking_outage.py; a full disk: training/test_failing_store.py.
-IN_SHORT = "clock-back mlflow-down store-failing nan worker-stop node-drained exception checkpoint-flipped"
+IN_SHORT = "clock-back mlflow-down store-failing worker-stop node-drained checkpoint-flipped"
 SAID_BY = {
     "ctrl-c": "interrupted: the same command goes on from the newest checkpoint",
     "exception": "rehearsed: an exception in the user's code",
@@ -215,7 +215,7 @@ def test_no_fault_changes_what_a_run_ends_with(seed: int, tmp_path: Path) -> Non
         assert store.execute("select count(*) from inputs where destination_id = ?", (run_id,)).fetchone() == (1,)
         tags = dict(store.execute("select key, value from tags where run_uuid = ?", (run_id,)).fetchall())
         assert tags["recipe"] == "resnet50"
-        assert 4 <= int(tags["starts"]) <= len(list((disturbed / "attempts").glob("*.json")))
+        assert 3 <= int(tags["starts"]) <= len(list((disturbed / "attempts").glob("*.json")))
         assert tags["mlflow.note.content"].startswith("**Result:** best validation top-1 error ")
         assert tags["best_checkpoint"].startswith(str(disturbed))
     assert (disturbed / "figures" / "errors.png").stat().st_size > 10_000

@@ -16,6 +16,7 @@ import pytest
 from jobs import rehearsal_report, rehearse
 from orchestrator.control.faults import is_alive
 from tests.jobs.conftest import Run
+from tests.training.group import EVERY_FAULT
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,6 +41,7 @@ def test_a_wrong_option_is_refused_before_anything_starts(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.skipif(not EVERY_FAULT, reason="a minute: make test-faults")
 @pytest.mark.ray_cluster
 @pytest.mark.timeout(400)
 def test_ctrl_c_ends_all_that_was_started(tmp_path: Path) -> None:

@@ -247,6 +247,9 @@ def farthest_number(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], kind
     return max(float((a[n] - b[n]).abs().max() / a[n].abs().max().clamp_min(1e-6)) for n in a if kind in n)
 
 
+EVERY_FAULT = "FAULT_SEEDS" in os.environ  # "make test-faults"; "make test" has a small form
+
+
 def fault_seeds() -> list[int]:
     """Seeds of the fault suite: FAULT_SEEDS of them ("make test-faults"), else one."""
     return list(range(int(os.environ.get("FAULT_SEEDS", "1"))))

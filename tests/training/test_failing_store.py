@@ -31,7 +31,7 @@ from orchestrator.training.run import Outcome, finish, finished, fix_identity, r
 from orchestrator.training.trainer import train
 from orchestrator.world import World
 from tests.faulty_fs import Fault, impatient, inject
-from tests.training.group import small_config
+from tests.training.group import EVERY_FAULT, small_config
 
 FAULT_SEEDS = int(os.environ.get("FAULT_SEEDS", "1"))
 LEASE_S = 0.2
@@ -109,7 +109,9 @@ def test_every_write_may_fail(
             "of a disk; another store that is away for a while is waited for by remote, which has tests of its own"
         )
     by_itself = 0
-    for at in range(len(writes)):
+    # A disk has three operations for each write: one in three in the small form, all in "make test-faults".
+    tried = range(0, len(writes), 1 if scheme or EVERY_FAULT else 3)
+    for at in tried:
         url = f"{scheme}{tmp_path}/{at}"
         run, notices = Storage(url), list[str]()
         with inject(url, fault, at, full_s=0.1):
@@ -121,9 +123,9 @@ def test_every_write_may_fail(
             result = loop(run, config, data, notices)
         assert result == expected, (at, writes[at], notices)
     if scheme and fault is not Fault.DOWN:
-        assert by_itself == len(writes)
+        assert by_itself == len(tried)
     elif fault is not Fault.DOWN:
-        assert by_itself > len(writes) / 2  # all that belongs to checkpoints
+        assert by_itself > len(tried) / 2  # all that belongs to checkpoints
 
 
 def test_a_store_that_is_down_for_good_ends_the_run_and_keeps_what_was_stored(

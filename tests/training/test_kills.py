@@ -11,6 +11,7 @@ import pytest
 
 from orchestrator.config import BatchConfig, ModelConfig, TrainConfig
 from tests.training.group import (
+    EVERY_FAULT,
     Group,
     check_equal,
     check_samples,
@@ -23,7 +24,7 @@ from tests.training.group import (
 from tests.training.traps import Moment, Trap
 
 SIZES = (2, 3)
-RUNS_A_SIZE = 3
+RUNS_A_SIZE = 3 if EVERY_FAULT else 1
 # Two moments in each run are drawn beside those that every seed must hold.
 _EXTRA = [Moment.COMPUTE, Moment.REDUCE, Moment.VALIDATE, Moment.FILE, Moment.FILES, Moment.RECORD]
 _PUBLISHED_BY = 7  # by this step a checkpoint is published, however slow the disk: each waits for the one before
@@ -82,10 +83,15 @@ class Steps:
 
 
 def plan(seed: int, steps: Steps) -> list[tuple[int, list[Trap]]]:
-    """Runs as (number of workers, traps in the order in which they are set). Each size meets every moment."""
+    """Runs as (number of workers, traps in the order in which they are set).
+
+    Each size meets every moment; in the small form each moment is met by one size.
+    """
     draw, runs = random.Random(seed), []
-    for size in SIZES:
-        moments = list(Moment) + draw.choices(_EXTRA, k=RUNS_A_SIZE)
+    for index, size in enumerate(SIZES):
+        moments = list(Moment)[index :: len(SIZES)]
+        if EVERY_FAULT:
+            moments = list(Moment) + draw.choices(_EXTRA, k=RUNS_A_SIZE)
         while True:
             draw.shuffle(moments)
             for number in range(RUNS_A_SIZE):
@@ -148,9 +154,11 @@ def test_killed_anywhere_a_run_ends_with_the_same_bits(
         check_samples(config, run_path)
     with capsys.disabled():
         print(_table(seed, len(runs), hit))
-    assert len(runs) >= 5
-    assert hit.total() >= 20
-    assert all(hit[moment, size] for moment in Moment for size in SIZES)
+    assert all(any(hit[moment, size] for size in SIZES) for moment in Moment)
+    if EVERY_FAULT:
+        assert len(runs) >= 5
+        assert hit.total() >= 20
+        assert all(hit[moment, size] for moment in Moment for size in SIZES)
 
 
 def _table(seed: int, num_runs: int, hit: Counter[tuple[Moment, int]]) -> str:
