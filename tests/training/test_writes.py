@@ -78,7 +78,9 @@ def test_killed_at_each_change_of_storage_a_run_recovers(
         check_equal(tmp_path / name, tmp_path / "clean")
         return last
 
-    once: list[tuple[Kill, ...]] = [((change, False),) for change in changes]
+    # The small form leaves out what no reader sees: files that are opened under names of their own, folders.
+    seen = [c for c in changes if EVERY_FAULT or c.event not in ("open", "os.mkdir")]
+    once: list[tuple[Kill, ...]] = [((change, False),) for change in seen]
     if EVERY_FAULT:
         once += [((change, True),) for change in changes if change.event == "open"]
     # What an interrupted upload has left is deleted by the next start, which is killed there too.
