@@ -34,6 +34,7 @@ from torch import Tensor
 
 from orchestrator.remote import StoreRefusedError, StoreUnreachableError
 from orchestrator.storage import DigestError, Storage, sha256_hex
+from orchestrator.training import tensor_file
 from orchestrator.training.commit_record import CommitRecord, FileRecord, best, counting
 from orchestrator.training.failures import NotFiniteError, StorageFailedError
 from orchestrator.training.ownership import check_ownership
@@ -243,13 +244,13 @@ class Checkpoints:
             future.set_result(None)
 
     def _publish(self, snapshot: Snapshot) -> None:
-        if not all(bool(t.isfinite().all()) for t in snapshot.tensors.values()):
+        if not all(map(tensor_file.is_finite, snapshot.tensors.values())):
             raise NotFiniteError(
                 f"the weights of step {snapshot.step} are not finite: they are not saved, and the checkpoints before "
                 "are kept; where it happens again, lower schedule.lr or use a warm-up, under a new name"
             )
         contents = {
-            "tensors.safetensors": safetensors.torch.save(snapshot.tensors),
+            "tensors.safetensors": tensor_file.to_bytes(snapshot.tensors),
             "state.json": json.dumps(snapshot.state, sort_keys=True).encode(),
             "journal.jsonl": "".join(json.dumps(e, sort_keys=True) + "\n" for e in snapshot.journal).encode(),
         }
