@@ -87,6 +87,7 @@ def test_a_clock_jumps_back(tmp_path: Path) -> None:
     assert all(-3600 <= float(word) < -3300 for word in done.stdout.split())
 
 
+@pytest.mark.skipif(not EVERY_CLASS, reason="half a minute: make test-faults")
 @pytest.mark.ray_cluster
 def test_a_worker_of_another_machine_is_signalled_there(prepared: Path, tmp_path: Path) -> None:
     """By a task on its node: here as where nothing of it is seen, for its host's name is not ours."""

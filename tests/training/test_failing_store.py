@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from orchestrator.config import BatchConfig, ModelConfig, TrainConfig
+from orchestrator.config import BatchConfig, GuardConfig, ModelConfig, TrainConfig
 from orchestrator.data.shards import DataSet
 from orchestrator.storage import Storage
 from orchestrator.training import checkpoint
@@ -242,6 +242,7 @@ def test_training_on_a_failing_store_ends_with_the_same_weights(
         batch=BatchConfig(global_batch_size=4, bn_group_size=2),
         schedule=replace(config.schedule, max_steps=2),
         rhythm=replace(config.rhythm, checkpoint_every_steps=1, validate_every_epochs=100.0, keep_last=1),
+        guard=GuardConfig(storage_patience_s=1.0),
     )
     with inject(config.storage) as plan:
         expected = train_once(config, data)
