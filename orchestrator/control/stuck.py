@@ -18,7 +18,7 @@ import psutil
 
 from orchestrator.training.ownership import process_started
 
-_DUMP_S = 1.0  # that a process takes to write its stacks
+_DUMP_S = 10.0  # in which a process has written its stacks, on a machine that is busy
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,7 @@ def end_worker(place: Place) -> str:
         words = f"its process is {process.status()}"
         if process.status() != psutil.STATUS_STOPPED and path.exists():
             process.send_signal(signal.SIGUSR1)
-            time.sleep(_DUMP_S)
-            words += f"; {_frames(path.read_text())}"
+            words += f"; {_frames(_whole(path))}"
         process.kill()
     except psutil.NoSuchProcess:
         return "its process has ended"
@@ -87,6 +86,17 @@ def end_on(place: Place, timeout_s: float) -> str:
         return str(ray.get(task, timeout=timeout_s))
     except ray.exceptions.RayError:
         return "its machine does not answer"
+
+
+def _whole(path: Path) -> str:
+    """What is written to ``path`` from now on, when no more comes."""
+    text, until_s = "", time.monotonic() + _DUMP_S
+    while time.monotonic() < until_s:
+        time.sleep(0.25)
+        before, text = text, path.read_text()
+        if text and text == before:
+            break
+    return text
 
 
 def _stack_file(pid: int) -> Path:
