@@ -9,24 +9,24 @@ import inspect
 import os
 import shlex
 import socket
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 from rich.console import Console
 
-from orchestrator.config import TrainConfig, differences
+from orchestrator.code_version import code_version
+from orchestrator.config import TrainConfig
 from orchestrator.control import supervisor
 from orchestrator.control.description import data_note, network, run_description
 from orchestrator.control.terminal import Terminal
 from orchestrator.control.tracking import RunStatus, Tracker, default_uri
 from orchestrator.control.tracking import check as check_tracking
+from orchestrator.plain import differences
 from orchestrator.remote import stop_waiting
 from orchestrator.storage import Storage
 from orchestrator.training.checkpoint import Checkpoints, checkpoint_event, newest_journal
@@ -258,17 +258,6 @@ def _keep_figure(run: Storage) -> None:
 @functools.cache
 def _temporary() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="figures-")
-
-
-def code_version() -> str:
-    """Git commit of the checkout, "+" for uncommitted changes, else the version of the installed package."""
-    folder = Path(__file__).parent
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        git = ["git", "-C", str(folder), "describe", "--always", "--dirty=+", "--abbrev=12"]
-        return subprocess.run(git, check=True, capture_output=True, text=True).stdout.strip()
-    with contextlib.suppress(metadata.PackageNotFoundError):
-        return metadata.version("resnet-orchestrator")
-    return "unknown"
 
 
 def _summary(console: Console, config: TrainConfig, outcome: Outcome) -> None:

@@ -5,15 +5,13 @@ Field comments are the command line's help. A field whose name ends in a unit is
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 import math
-import types
 import typing
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
+
+from orchestrator.plain import from_plain, to_plain
 
 
 class Family(Enum):
@@ -286,6 +284,48 @@ class GuardConfig:
     """take the run from another driver whose end cannot be known: only where you know that it is dead"""
 
 
+class Protocol(Enum):
+    """How a trained network is tested."""
+
+    ONE_CROP = "one_crop"  # the centre of the image, its shorter side at test_shorter_side_px
+    TEN_CROP = "ten_crop"  # four corners and the centre of that, and mirrored (section 4.1 of the paper)
+    MULTI_SCALE = "multi_scale"  # the network over whole images of several sizes, and mirrored
+
+
+class Average(Enum):
+    """What is averaged over views, positions and scales."""
+
+    SOFTMAX = "softmax"  # probabilities (the paper's authors)
+    LOGITS = "logits"  # what softmax is taken of (fb.resnet.torch)
+
+
+class Tested(Enum):
+    """Which checkpoint of a run is tested."""
+
+    LAST = "last"
+    BEST = "best"  # the lowest validation error: the figure that comes out is a little optimistic
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What is done with a trained network, by the workers that trained it. Not part of the run's identity."""
+
+    protocols: tuple[Protocol, ...] = ()
+    """tests after training: one_crop, ten_crop, multi_scale; empty: none"""
+    splits: tuple[str, ...] = ("val",)
+    """splits of the data set that are scored: val, test"""
+    checkpoint: Tested = Tested.LAST
+    """which checkpoint is tested: last, or the best one on the validation set"""
+    precise_bn_images: int = 0
+    """training images over which batch norm's mean and variance are averaged before the tests; 0: as trained"""
+    scales_px: tuple[int, ...] = ()
+    """shorter sides of multi_scale, pixels; empty: the paper's 224, 256, 384, 480, 640 in proportion to crop_px"""
+    average: Average = Average.SOFTMAX
+    """what is averaged over views, positions and scales: softmax, or logits"""
+    batch_megapixels: float = 4.0
+    """10^6 pixels of views that go through the network at a time on one worker: bounds the memory of multi_scale"""
+
+
 @dataclass(frozen=True)
 class TrackingConfig:
     """MLflow. None of this is part of the run's identity."""
@@ -321,6 +361,7 @@ class TrainConfig:
     rhythm: RhythmConfig = field(default_factory=RhythmConfig)
     placement: PlacementConfig = field(default_factory=PlacementConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
@@ -328,12 +369,12 @@ class TrainConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, enums by value."""
-        return typing.cast(dict[str, Any], _plain(self))
+        return typing.cast(dict[str, Any], to_plain(self))
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> TrainConfig:
         """Inverse of ``to_json``. Raises ValueError for an unknown, missing or ill-typed field."""
-        return typing.cast(TrainConfig, _read(TrainConfig, data, "config"))
+        return typing.cast(TrainConfig, from_plain(TrainConfig, data, "config"))
 
     def identity(self) -> dict[str, Any]:
         """What makes two runs the same run: everything but where it computes, where it is stored and recorded.
@@ -341,65 +382,11 @@ class TrainConfig:
         The data set enters with its digest, when the run starts.
         """
         plain = self.to_json()
-        for key in ("data", "storage", "name", "recipe", "placement", "guard", "tracking"):
+        for key in ("data", "storage", "name", "recipe", "placement", "guard", "evaluation", "tracking"):
             del plain[key]
         # What is kept, and how much is put up with, may change while a run goes on.
         del plain["rhythm"]["keep_last"], plain["input"]["max_undecodable"]
         return plain
-
-
-def digest(plain: dict[str, Any]) -> str:
-    """SHA-256, 64 hexadecimal digits, of the canonical JSON form of plain data."""
-    text = json.dumps(plain, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Fields that differ, one line each: ``schedule.lr: 0.1 → 0.2``."""
-    lines = []
-    for key in sorted(old.keys() | new.keys()):
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            lines += differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            lines.append(f"{prefix}{key}: {json.dumps(a)} → {json.dumps(b)}")
-    return lines
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        # 30 and 30.0 are one config, and have one digest.
-        floats = {name for name, kind in get_type_hints(type(value)).items() if kind is float}
-        plain = {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
-        return {k: float(v) if k in floats else v for k, v in plain.items()}
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, tuple):
-        return [_plain(v) for v in value]
-    return value
-
-
-def _read(kind: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise ValueError(f"{where}: an object is expected, not {value!r}")
-        hints = get_type_hints(kind)
-        unknown = value.keys() - hints.keys()
-        missing = hints.keys() - value.keys()
-        if unknown or missing:
-            raise ValueError(f"{where}: unknown fields {sorted(unknown)}, missing fields {sorted(missing)}")
-        return typing.cast(Any, kind)(**{k: _read(hints[k], v, f"{where}.{k}") for k, v in value.items()})
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        return kind(value)
-    if get_origin(kind) is tuple:
-        return tuple(_read(get_args(kind)[0], v, where) for v in value)
-    if get_origin(kind) in (types.UnionType, typing.Union):
-        return None if value is None else _read(next(a for a in get_args(kind) if a is not type(None)), value, where)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-        raise ValueError(f"{where}: {value!r} is no {kind.__name__}")
-    return value
 
 
 def _check(config: TrainConfig) -> None:
@@ -424,6 +411,7 @@ def _check(config: TrainConfig) -> None:
         "rhythm.keep_last": r.keep_last,
         "placement.prefetch_batches": config.placement.prefetch_batches,
         "guard.hang_timeout_s": config.guard.hang_timeout_s,
+        "evaluation.batch_megapixels": config.evaluation.batch_megapixels,
         "guard.lease_s": config.guard.lease_s,
     }
     wrong += [f"{name} must be positive, not {value}" for name, value in positive.items() if not value > 0]
@@ -440,6 +428,7 @@ def _check(config: TrainConfig) -> None:
         "placement.cpus_per_worker": config.placement.cpus_per_worker,
         "placement.min_workers": config.placement.min_workers,
         "guard.max_failures": config.guard.max_failures,
+        "evaluation.precise_bn_images": config.evaluation.precise_bn_images,
         "guard.max_stalled_restarts": config.guard.max_stalled_restarts,
         "guard.max_skipped_steps": config.guard.max_skipped_steps,
         "guard.storage_patience_s": config.guard.storage_patience_s,
@@ -468,6 +457,12 @@ def _check(config: TrainConfig) -> None:
         wrong.append("schedule.policy steps needs schedule.drop_steps")
     if s.warmup is WarmupKind.LINEAR and s.warmup_steps < 1:
         wrong.append("schedule.warmup linear needs schedule.warmup_steps")
+    e = config.evaluation
+    if small := [px for px in e.scales_px if px < i.crop_px]:
+        wrong.append(f"evaluation.scales_px {small} are smaller than input.crop_px {i.crop_px}")
+    for each, values in (("protocols", e.protocols), ("splits", e.splits), ("scales_px", e.scales_px)):
+        if len(set(values)) < len(values):
+            wrong.append(f"evaluation.{each} names one twice")
     if config.placement.min_workers > config.placement.num_workers > 0:
         wrong.append(
             f"placement.min_workers {config.placement.min_workers} is more than placement.num_workers "

@@ -15,6 +15,8 @@ PACKAGES = ("orchestrator", "cluster", "data_prep", "jobs")
 # Bottom floor first. A module may import its own floor and those below.
 FLOORS = (
     (
+        "orchestrator.plain",
+        "orchestrator.code_version",
         "orchestrator.config",
         "orchestrator.remote",
         "orchestrator.storage",

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from jobs.imagenet import RECIPES
-from orchestrator.config import InputConfig, RhythmConfig, ScheduleConfig, TrainConfig, differences, digest
+from orchestrator.config import InputConfig, RhythmConfig, ScheduleConfig, TrainConfig
+from orchestrator.plain import differences, digest
 
 ROOT = Path(__file__).parents[1]
 

@@ -14,8 +14,9 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from orchestrator.config import TrainConfig, differences, digest
+from orchestrator.config import TrainConfig
 from orchestrator.data.shards import DataSet
+from orchestrator.plain import differences, digest
 from orchestrator.remote import StoreRefusedError
 from orchestrator.storage import Storage
 
