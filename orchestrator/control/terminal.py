@@ -53,7 +53,8 @@ class Terminal:
                 self._steps, self._images = event["steps"], event["images"]
                 self._now |= {"step": event["step"]}
                 epochs = event["steps"] * self._batch_size / event["images"]
-                self._say(f"training from step {event['step']} to {event['steps']} ({epochs:.4g} epochs)")
+                length = f"step {event['step']} to {event['steps']} ({epochs:.4g} epochs)"
+                self._say(f"training from {length}, {event['workers']} worker(s)")
             case "notice":
                 self._say(event["text"])
             case "progress":
