@@ -58,6 +58,8 @@ def from_plain(kind: Any, value: Any, where: str) -> Any:
         return kind(value)
     if get_origin(kind) is tuple:
         return tuple(from_plain(get_args(kind)[0], v, where) for v in value)
+    if get_origin(kind) is dict:  # plain data within
+        kind = dict
     if get_origin(kind) in (types.UnionType, typing.Union):
         return (
             None if value is None else from_plain(next(a for a in get_args(kind) if a is not type(None)), value, where)
