@@ -8,9 +8,7 @@ import functools
 import inspect
 import os
 import shlex
-import socket
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,21 +17,18 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from orchestrator.code_version import code_version
 from orchestrator.config import TrainConfig
 from orchestrator.control import supervisor
-from orchestrator.control.description import data_note, network, run_description
+from orchestrator.control.run_tracking import FIGURE, keep_figure, open_tracker
 from orchestrator.control.terminal import Terminal
-from orchestrator.control.tracking import RunStatus, Tracker, default_uri
+from orchestrator.control.tracking import RunStatus, default_uri
 from orchestrator.control.tracking import check as check_tracking
-from orchestrator.plain import differences
 from orchestrator.remote import stop_waiting
-from orchestrator.storage import Storage
-from orchestrator.training.checkpoint import Checkpoints, checkpoint_event, newest_journal
+from orchestrator.training.checkpoint import newest_journal
 from orchestrator.training.failures import NotFiniteError, PreemptedError
 from orchestrator.training.notices import Event
-from orchestrator.training.ownership import SupersededError, newest_attempt
-from orchestrator.training.run import Outcome, data_digest, run_storage
+from orchestrator.training.ownership import SupersededError
+from orchestrator.training.run import Outcome, run_storage
 
 Recipe = Callable[[], TrainConfig]
 EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
@@ -118,12 +113,15 @@ def run(command: Command) -> int:
     if warning:
         console.print(warning)
     assert run is not None  # else check has refused
-    tracker = _open_tracker(config, command.recipe, uri, run) if done is not None else None
+    follow = functools.partial(
+        open_tracker, config, command.recipe, uri=uri, run=run, command=f"python {shlex.join(sys.argv)}"
+    )
+    tracker = follow() if done is not None else None
 
     def listen(event: Event) -> None:
         nonlocal tracker
         if event["kind"] == "placed":  # what cannot be placed is refused before MLflow hears of it
-            tracker = _open_tracker(config, command.recipe, uri, run)
+            tracker = follow()
         elif tracker is not None:
             tracker.put(event)
         # A terminal that is gone (| head) must not end the run: rich leaves with SystemExit.
@@ -154,7 +152,7 @@ def run(command: Command) -> int:
             if tracker is not None and outcome is not None:
                 tracker.replay(newest_journal(run))  # whatever was lost between a worker and here
             delivery = tracker.close(config.tracking.wait_s, status, reason) if tracker else None
-            _keep_figure(run)
+            keep_figure(run)
     _summary(console, config, outcome)
     if delivery is not None:
         console.print(f"MLflow        {delivery.where}", soft_wrap=True)
@@ -201,65 +199,6 @@ def exit_code(job: Callable[[], int], interrupted: str = _GOES_ON) -> int:
         return EXIT_INTERRUPTED
 
 
-def _open_tracker(config: TrainConfig, recipe: TrainConfig, uri: str, run: Storage) -> Tracker:
-    """MLflow's side of the run, told what the run remembers."""
-    data = data_note(config.data, data_digest(run))
-    changes = sorted(differences(recipe.identity(), config.identity()), key=lambda line: line.startswith("rhythm."))
-    tracker = Tracker(
-        uri=uri,
-        experiment=config.tracking.experiment,
-        name=config.name,
-        run_key=run.url,
-        params=config.identity(),
-        tags={
-            "recipe": config.recipe,
-            "changes": "; ".join(changes).replace('"', "") or "none",
-            "network": network(config.model),
-            "starts": str(newest_attempt(run)),
-            "code_version": code_version(),
-            "host": socket.gethostname(),
-        },
-        description=run_description(
-            model=config.model,
-            batch=config.batch,
-            schedule=config.schedule,
-            data=data,
-            crop_px=config.input.crop_px,
-            seed=config.seed,
-            run_url=run.url,
-            command=f"python {shlex.join(sys.argv)}",
-        ),
-        data=data,
-        figure_dir=_figure_path(run).parent,
-    )
-    tracker.replay(newest_journal(run))
-    best = Checkpoints(run, attempt=0, keep_last=1, notice=lambda text: None).best()
-    if best is not None:
-        tracker.replay([checkpoint_event(run, best, is_best=True)])
-    return tracker
-
-
-_FIGURE = "figures/errors.png"
-
-
-def _figure_path(run: Storage) -> Path:
-    """Beside the checkpoints where the storage is a local disk; else in a folder that this process takes along."""
-    return run.local_path(_FIGURE) or Path(_temporary().name) / "errors.png"
-
-
-def _keep_figure(run: Storage) -> None:
-    """Bring the figure of a remote run to the run: it is drawn on this machine."""
-    path = _figure_path(run)
-    if not run.is_local and path.exists():
-        with contextlib.suppress(OSError, ValueError):  # MLflow has it too
-            run.publish(_FIGURE, path.read_bytes())
-
-
-@functools.cache
-def _temporary() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="figures-")
-
-
 def _summary(console: Console, config: TrainConfig, outcome: Outcome) -> None:
     rows = {
         "run": f"{config.name}: {outcome.steps} steps done",
@@ -268,7 +207,7 @@ def _summary(console: Console, config: TrainConfig, outcome: Outcome) -> None:
         "checkpoint": outcome.checkpoint,
         "best": outcome.best_checkpoint,
         "weights": f"SHA-256 {outcome.weights_sha256}",
-        "curves": f"{run_storage(config).url}/{_FIGURE}",
+        "curves": f"{run_storage(config).url}/{FIGURE}",
     }
     for name, text in rows.items():
         console.print(f"{name:<13} {text}", soft_wrap=True)
