@@ -28,7 +28,7 @@ def place(config: TrainConfig, cluster: Cluster) -> Placement:
     """Workers for this cluster. Raises ValueError where it has too few CPUs or GPUs."""
     p, batch = config.placement, config.batch
     use_gpu = cluster.gpus > 0 if p.use_gpu is None else p.use_gpu
-    slots = _slots(cluster, use_gpu, max(1, p.cpus_per_worker))
+    slots = slots_of(cluster, use_gpu, max(1, p.cpus_per_worker))
     each = f", {p.cpus_per_worker} for each on one node" if p.cpus_per_worker > 1 else ""
     least = p.min_workers or p.num_workers
     if least > slots:
@@ -52,11 +52,11 @@ def place(config: TrainConfig, cluster: Cluster) -> Placement:
     if not cpus and use_gpu:
         cpus = max(1, min(node.cpus // node.gpus for node in cluster.nodes if node.gpus))
     elif not cpus:
-        cpus = max(n for n in range(1, cluster.cpus + 1) if _slots(cluster, use_gpu, n) >= num_workers)
+        cpus = max(n for n in range(1, cluster.cpus + 1) if slots_of(cluster, use_gpu, n) >= num_workers)
     return Placement(num_workers, cpus, use_gpu, p.min_workers or most, most)
 
 
-def _slots(cluster: Cluster, use_gpu: bool, cpus_per_worker: int) -> int:
+def slots_of(cluster: Cluster, use_gpu: bool, cpus_per_worker: int) -> int:
     """Workers that fit, node by node."""
     if use_gpu:
         return sum(min(node.gpus, node.cpus // cpus_per_worker) for node in cluster.nodes)

@@ -35,6 +35,42 @@ class SupersededError(RuntimeError):
     """Another driver has started the same run: this one must not write any more."""
 
 
+class AtWorkError(ValueError):
+    """Another driver of the run lives: the same command goes on when that one has ended."""
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process of some machine: ``started`` in clock ticks since the machine's ``boot``, "" where unknown."""
+
+    host: str
+    boot: str
+    pid_namespace: str
+    pid: int
+    started: str
+
+    @staticmethod
+    def of(pid: int) -> Process:
+        """Process ``pid`` of this machine."""
+        return Process(socket.gethostname(), _boot(), _pid_namespace(), pid, process_started(pid) or "")
+
+    def lives(self) -> bool | None:
+        """Whether it still runs; None where that cannot be known from here."""
+        here = (socket.gethostname(), _boot(), _pid_namespace())
+        if (self.host, self.boot, self.pid_namespace) != here or not (self.boot and self.pid_namespace):
+            return None
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            pass  # another user's
+        started = process_started(self.pid)
+        if started is None or not self.started:
+            return None  # /proc does not show other users' processes everywhere
+        return started == self.started
+
+
 @dataclass(frozen=True)
 class Start:
     """One start of a run. ``claim``: the number that its driver took first, whose lease is the driver's.
@@ -143,8 +179,8 @@ def claim(run: Storage, *, lease_s: float, take_over: bool, tell: Callable[[str]
     """Take the run for this process, and keep up the life sign until ``release``. A context manager.
 
     A driver of this machine that is gone is succeeded at once. One of another machine (or container) is watched for
-    ``lease_s`` seconds, which ``tell`` is told; with ``take_over`` nobody is waited for. Raises ValueError where
-    another driver lives, or where this store cannot keep two apart and the last one has not said that it ended.
+    ``lease_s`` seconds, which ``tell`` is told; with ``take_over`` nobody is waited for. Raises AtWorkError where
+    another driver lives, ValueError where this store cannot keep two apart and the last one has not said that it ended.
     """
     if not run.creates_exclusively:
         tell(
@@ -235,7 +271,7 @@ def _wait_for_the_end_of(
         tell(f"run {run.url}: waiting {lease_s:.0f} s to see whether {driver} still lives")
         alive = not _is_silent(run, number, start, lease_s)
     if alive:
-        raise ValueError(
+        raise AtWorkError(
             f"run {run.url} is at work: {driver} is alive. Stop that one, or wait for its end: then the same command "
             "goes on"
         )
@@ -279,28 +315,14 @@ def _released(run: Storage, claimed: int) -> bool:
 
 
 def _this_process(token: str, number: int) -> Start:
-    pid = os.getpid()
-    started = process_started(pid) or ""
-    return Start(token, number, socket.gethostname(), _boot(), _pid_namespace(), pid, started, int(time.time()), "")
+    return Start(token, number, **asdict(Process.of(os.getpid())), time_s=int(time.time()), nonce="")
 
 
 def _process_lives(start: Start) -> bool | None:
     """Whether the process of ``start`` lives; None where that cannot be known from here."""
-    here = (socket.gethostname(), _boot(), _pid_namespace())
-    if (start.host, start.boot, start.pid_namespace) != here or not (start.boot and start.pid_namespace):
-        return None
-    try:
-        os.kill(start.pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # another user's
-    started = process_started(start.pid)
-    if started is None or not start.started:
-        return None  # /proc does not show other users' processes everywhere
-    if started != start.started:
-        return False
-    return start.pid != os.getpid() or start.token in _HELD  # a claim of this process may have failed half-way
+    lives = Process(start.host, start.boot, start.pid_namespace, start.pid, start.started).lives()
+    # A claim of this process may have failed half-way.
+    return lives and (start.pid != os.getpid() or start.token in _HELD)
 
 
 def process_started(pid: int) -> str | None:

@@ -24,6 +24,7 @@ GAP = "…"
 ERRORS = {
     *("ValueError", "StoreRefusedError", "StoreUnreachableError", "RunFailedError", "SupersededError", "DigestError"),
     *(
+        "AtWorkError",
         "StorageFailedError",
         "NotFiniteError",
         "PreemptedError",
