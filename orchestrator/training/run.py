@@ -11,14 +11,18 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from orchestrator.config import TrainConfig
 from orchestrator.data.shards import DataSet
 from orchestrator.plain import differences, digest
 from orchestrator.remote import StoreRefusedError
 from orchestrator.storage import Storage
+
+Found = TypeVar("Found")
 
 
 def run_storage(config: TrainConfig) -> Storage:
@@ -124,3 +128,19 @@ def finished(run: Storage) -> Outcome | None:
         raise ValueError(
             f"{run.url}/finished.json is damaged, and there are no checkpoints: delete it to train the run again"
         ) from None
+
+
+# -- what another worker has written --------------------------------------------------------------------------------
+
+
+_LISTING_S = 60.0  # after which every machine sees what another has written, whatever its file system caches
+
+
+def eventually(look: Callable[[], Found | None], what: str) -> Found:
+    """What ``look`` finds at last. Raises OSError."""
+    until_s = time.monotonic() + _LISTING_S
+    while (found := look()) is None:
+        if time.monotonic() > until_s:
+            raise OSError(f"{what} was written by another worker and is not seen from here: is it one storage for all?")
+        time.sleep(0.5)
+    return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,13 +42,11 @@ from orchestrator.training.optimization import (
 )
 from orchestrator.training.ownership import check_ownership
 from orchestrator.training.pulse import Phase, Pulse, Wish
-from orchestrator.training.run import Outcome, check_identity, finish, finished, run_storage
+from orchestrator.training.run import Outcome, check_identity, eventually, finish, finished, run_storage
 from orchestrator.training.step import ClassificationStep
 from orchestrator.training.stragglers import Stopwatch, Stragglers
 from orchestrator.training.validation import validate
 from orchestrator.world import World
-
-Found = TypeVar("Found")
 
 
 def train(
@@ -239,7 +237,7 @@ def train(
         check_ownership(run, attempt)
         finish(run, _outcome(run, checkpoints, weights_sha256(take_step.tensors()), journal))
     world.barrier()
-    outcome = _eventually(lambda: finished(run), f"{run.url}/finished.json")
+    outcome = eventually(lambda: finished(run), f"{run.url}/finished.json")
     tell({"kind": "finished", **asdict(outcome)})
     return outcome
 
@@ -251,20 +249,7 @@ def _agreed_snapshot(checkpoints: Checkpoints, world: World) -> Snapshot | None:
     attempt = world.from_first(checkpoints.loaded_attempt)
     if step < 0 or world.is_first:
         return snapshot
-    return checkpoints.load(_eventually(lambda: checkpoints.record(step, attempt), f"checkpoint of step {step}"))
-
-
-_LISTING_S = 60.0  # after which every machine sees what another has written, whatever its file system caches
-
-
-def _eventually(look: Callable[[], Found | None], what: str) -> Found:
-    """What ``look`` finds at last. Raises OSError."""
-    until_s = time.monotonic() + _LISTING_S
-    while (found := look()) is None:
-        if time.monotonic() > until_s:
-            raise OSError(f"{what} was written by another worker and is not seen from here: is it one storage for all?")
-        time.sleep(0.5)
-    return found
+    return checkpoints.load(eventually(lambda: checkpoints.record(step, attempt), f"checkpoint of step {step}"))
 
 
 def _outcome(run: Storage, checkpoints: Checkpoints, sha256: str, journal: list[Event]) -> Outcome:

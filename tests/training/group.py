@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -148,6 +149,33 @@ class Group:
             if process.is_alive():
                 process.kill()
         return codes
+
+
+def in_group(function: Callable[..., None], size: int, folder: Path, *arguments: Any) -> list[int | None]:
+    """``function(world, *arguments)`` in ``size`` processes that are one group; their exit codes, rank by rank."""
+    rendezvous = str(folder / f"rendezvous-{uuid.uuid4().hex}")
+    processes = [
+        CONTEXT.Process(target=_in_group, args=(function, rank, size, rendezvous, arguments)) for rank in range(size)
+    ]
+    for process in processes:
+        process.start()
+    deadline_s = time.monotonic() + 240
+    for process in processes:
+        process.join(max(0.1, deadline_s - time.monotonic()))
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+    return codes
+
+
+def _in_group(function: Callable[..., None], rank: int, size: int, rendezvous: str, arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    if size > 1:
+        dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size)
+    world = World(rank, size)
+    function(world, *arguments)
+    world.leave()
 
 
 def run_to_end(config: TrainConfig, size: int) -> Path:
