@@ -1,0 +1,385 @@
+"""What a campaign does next: every sequence of ends, kills and clusters that come and go leads to an end."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orchestrator.config import BatchConfig, EvaluationConfig, InputConfig, ModelConfig, Protocol, TrainConfig
+from orchestrator.control.campaign import (
+    BuildEnsemble,
+    Done,
+    End,
+    Entry,
+    Facts,
+    GiveUp,
+    Kind,
+    Look,
+    Pack,
+    Start,
+    Stop,
+    Wait,
+    WriteSubmission,
+    account_of,
+    decide,
+)
+from orchestrator.control.campaign_plan import Campaign, CampaignConfig, Member, Packing, Plan, pack
+from orchestrator.ray_session import Cluster, Node
+
+EVALUATION = EvaluationConfig(protocols=(Protocol.TEN_CROP, Protocol.MULTI_SCALE), splits=("val", "test"))
+TWO_CPUS = Cluster((Node(2, 0),))
+
+
+def plan_of(*depths: int, steps: int = 100, **fields: Any) -> Plan:
+    """Members a, b, … of these depths, whose batches have 4 groups."""
+    members = tuple(
+        Member(
+            "abcdefgh"[i],
+            TrainConfig(model=ModelConfig(depth=depth), batch=BatchConfig(32, 8), input=InputConfig(crop_px=64)),
+        )
+        for i, depth in enumerate(depths)
+    )
+    config = replace(CampaignConfig(data="/d", storage="/s", name="c", evaluation=EVALUATION), **fields)
+    return Plan(Campaign(members, config), {m.name: steps for m in members})
+
+
+def entries(*rows: tuple[Kind, str, dict[str, Any]], driver: int = 1) -> list[Entry]:
+    return [Entry(i + 1, kind, driver, member, detail) for i, (kind, member, detail) in enumerate(rows)]
+
+
+def ended(member: str, code: int | None, *, progress: int = 0, asked: bool = False) -> tuple[Kind, str, dict[str, Any]]:
+    detail = {"code": code, "asked": asked, "done": False, "progress": progress, "said": f"error: {member} failed"}
+    return Kind.ENDED, member, detail
+
+
+OPENED = (Kind.OPENED, "", {"least": 3})
+PACKED = (
+    Kind.PACKED,
+    "",
+    {"packing": {"workers": {"a": 1, "b": 1, "c": 1}, "cpus_per_worker": 1, "use_gpu": False, "slots": 2}},
+)
+
+# -- plan -----------------------------------------------------------------------------------------------------------
+
+
+def test_members_share_what_the_campaign_sets() -> None:
+    plan = plan_of(18, 34, 18, seed=7)
+    configs = plan.campaign.run_configs()
+    assert [c.seed for c in configs.values()] == [7000, 7001, 7002]
+    assert {c.storage for c in configs.values()} == {"/s/c/members"}
+    assert [c.name for c in configs.values()] == ["a", "b", "c"]
+    assert all(c.evaluation == EVALUATION for c in configs.values())
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"least_members": 4}, r"least_members must be in \[0, 3\], not 4"),
+        ({"evaluation": EvaluationConfig()}, "evaluation.protocols is empty"),
+        ({"submission": Protocol.ONE_CROP}, "submission one_crop is not among evaluation.protocols"),
+        ({"seed": 2**62}, "seed must be in"),
+        ({"name": "../x"}, "must be a plain folder name"),
+        ({"workers_per_member": -1}, "must not be negative"),
+    ],
+)
+def test_a_campaign_that_contradicts_itself_is_refused(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        plan_of(18, 18, 18, **fields)
+
+
+def test_members_need_names_of_their_own() -> None:
+    plan = plan_of(18)
+    with pytest.raises(ValueError, match="names of their own"):
+        replace(plan.campaign, members=plan.campaign.members * 2)
+    with pytest.raises(ValueError, match="at least one member"):
+        replace(plan.campaign, members=())
+
+
+def test_what_is_submitted() -> None:
+    assert plan_of(18).campaign.submitted is Protocol.MULTI_SCALE
+    assert plan_of(18, submission=Protocol.TEN_CROP).campaign.submitted is Protocol.TEN_CROP
+    assert plan_of(18, evaluation=replace(EVALUATION, splits=("val",))).campaign.submitted is None
+
+
+def test_the_identity_is_members_and_tests_and_not_the_machines() -> None:
+    plan = plan_of(18, 34)
+    same = replace(plan.campaign.config, storage="/other", name="d", least_members=1, max_at_once=1)
+    assert replace(plan.campaign, config=same).identity() == plan.campaign.identity()
+    other = replace(plan.campaign.config, seed=1)
+    assert replace(plan.campaign, config=other).identity() != plan.campaign.identity()
+
+
+# -- packing --------------------------------------------------------------------------------------------------------
+
+
+def test_members_that_take_longest_come_first() -> None:
+    assert plan_of(18, 50, 34).by_weight() == ["b", "c", "a"]
+
+
+@pytest.mark.parametrize(
+    ("depths", "nodes", "fields", "workers"),
+    [
+        ((18, 18), (Node(2, 0),), {}, [1, 1]),  # side by side
+        ((18, 18, 18), (Node(2, 0),), {}, [2, 2, 2]),  # three times half the time beat two whole ones
+        ((18, 18, 18), (Node(2, 0),), {"workers_per_member": 1}, [1, 1, 1]),
+        ((18,), (Node(64, 0),), {}, [32]),  # a group shared by eight
+        ((18,), (Node(7, 0),), {}, [4]),  # 7 cannot share 4 groups
+        ((152, 18), (Node(8, 2), Node(8, 2)), {}, [4, 4]),  # GPUs: the long one alone, then the short one
+        ((18, 18, 18, 18), (Node(8, 4),), {}, [1, 1, 1, 1]),
+        ((18, 18, 18, 18), (Node(8, 4),), {"max_at_once": 1}, [4, 4, 4, 4]),
+    ],
+)
+def test_workers_are_those_with_which_all_are_done_soonest(
+    depths: tuple[int, ...], nodes: tuple[Node, ...], fields: dict[str, Any], workers: list[int]
+) -> None:
+    packing = pack(plan_of(*depths, **fields), Cluster(nodes))
+    assert list(packing.workers.values()) == workers
+    assert packing.use_gpu == (nodes[0].gpus > 0)
+    if packing.use_gpu:
+        assert packing.cpus_per_worker == min(node.cpus // node.gpus for node in nodes)
+
+
+# -- decisions ------------------------------------------------------------------------------------------------------
+
+
+def test_a_new_campaign_looks_packs_and_starts() -> None:
+    plan = plan_of(18, 50, 18, workers_per_member=1)
+    assert decide(plan, [], Facts(), None) == [Look()]
+    (first,) = decide(plan, [], Facts(), TWO_CPUS)
+    assert isinstance(first, Pack)
+    packing = Packing({"a": 1, "b": 1, "c": 1}, 1, False, 2)
+    assert first.packing == packing
+    assert decide(plan, entries(OPENED, PACKED), Facts(), TWO_CPUS) == [Start("b", 1, packing), Start("a", 1, packing)]
+    alive = Facts(alive=frozenset("ab"))
+    assert decide(plan, entries(OPENED, PACKED), alive, TWO_CPUS) == [Wait("room on the cluster")]
+
+
+def test_a_finished_campaign_needs_no_cluster() -> None:
+    plan, everyone = plan_of(18, 18, 18), frozenset("abc")
+    facts = Facts(done=everyone)
+    assert decide(plan, [], facts, None) == [BuildEnsemble(("a", "b", "c"))]
+    facts = replace(facts, ensemble=everyone)
+    assert decide(plan, [], facts, None) == [WriteSubmission(("a", "b", "c"))]
+    assert decide(plan, [], replace(facts, submission=everyone), None) == [Done()]
+    only_val = plan_of(18, 18, 18, evaluation=replace(EVALUATION, splits=("val",)))
+    assert decide(only_val, [], facts, None) == [Done()]
+
+
+def test_a_member_that_the_user_must_mend_stops_a_campaign_that_needs_all() -> None:
+    plan, journal = plan_of(18, 18, 18), entries(OPENED, PACKED, ended("a", 2))
+    actions = decide(plan, journal, Facts(alive=frozenset("b")), TWO_CPUS)
+    assert actions == [GiveUp("a", "error: a failed"), End("b"), Wait("processes to end")]
+    given_up, stop = decide(plan, journal, Facts(done=frozenset("c")), TWO_CPUS)
+    assert given_up == GiveUp("a", "error: a failed")
+    assert isinstance(stop, Stop)
+    assert stop.of_user
+    assert "3 members are needed and 2 can be had" in stop.why
+    assert "a: error: a failed" in stop.why
+    assert "(1 members are done)" in stop.why
+    assert "--least-members 2 goes on" in stop.why
+
+
+def test_a_campaign_goes_on_with_k_of_n() -> None:
+    plan = plan_of(18, 18, 18, least_members=2)
+    journal = entries((Kind.OPENED, "", {"least": 2}), PACKED, ended("a", 2), (Kind.GAVE_UP, "a", {"why": "x"}))
+    starts = decide(plan, journal, Facts(), TWO_CPUS)
+    assert [a.member for a in starts if isinstance(a, Start)] == ["b", "c"]
+    assert decide(plan, journal, Facts(done=frozenset("bc")), None) == [BuildEnsemble(("b", "c"))]
+    # Scores count, whatever the journal says.
+    assert decide(plan, journal, Facts(done=frozenset("abc")), None) == [BuildEnsemble(("a", "b", "c"))]
+
+
+def test_failures_are_put_up_with_as_long_as_there_is_progress() -> None:
+    plan = plan_of(18, 18, 18, max_failures=2, workers_per_member=1)
+    slow = [ended("a", 1, progress=p) for p in range(1, 9)]
+    assert not any(isinstance(a, GiveUp) for a in decide(plan, entries(OPENED, PACKED, *slow), Facts(), TWO_CPUS))
+    stuck = entries(OPENED, PACKED, *slow, ended("a", -9, progress=8), ended("a", 0, progress=8))
+    (give_up, *_) = decide(plan, stuck, Facts(), TWO_CPUS)
+    assert give_up == GiveUp("a", "3 ends without progress (max_failures), the last: error: a failed")
+    # What the driver itself has ended is no failure.
+    asked = [ended("a", 130, asked=True)] * 5
+    assert not any(isinstance(a, GiveUp) for a in decide(plan, entries(OPENED, PACKED, *asked), Facts(), TWO_CPUS))
+
+
+def test_a_start_that_needs_more_members_tries_them_again() -> None:
+    rows = entries((Kind.OPENED, "", {"least": 2}), PACKED, ended("a", 2), (Kind.GAVE_UP, "a", {"why": "x"}))
+    again = Entry(9, Kind.OPENED, 2, "", {"least": 2})
+    assert account_of("abc", [*rows, again]).given_up == {"a": "x"}
+    assert account_of("abc", [*rows, replace(again, detail={"least": 3})]).given_up == {}
+
+
+def test_what_a_superseded_driver_writes_late_does_not_count() -> None:
+    rows = entries(OPENED, PACKED)
+    newer = Entry(3, Kind.OPENED, 2, "", {"least": 3})
+    late = Entry(4, Kind.GAVE_UP, 1, "a", {"why": "late"})
+    assert account_of("abc", [*rows, newer, late]).given_up == {}
+
+
+def test_a_smaller_cluster_has_fewer_workers_once_nothing_runs() -> None:
+    plan = plan_of(18, 18, 18, workers_per_member=4)
+    packing = {"workers": dict.fromkeys("abc", 4), "cpus_per_worker": 1, "use_gpu": False, "slots": 4}
+    journal = entries(OPENED, (Kind.PACKED, "", {"packing": packing}))
+    assert decide(plan, journal, Facts(alive=frozenset("a")), TWO_CPUS) == [Wait("room on the cluster")]
+    (action,) = decide(plan, journal, Facts(), TWO_CPUS)
+    assert action == Pack(Packing(dict.fromkeys("abc", 2), 1, False, 2))
+    assert decide(plan, journal, Facts(), Cluster(())) == [Wait("a machine for a worker")]
+
+
+def test_a_campaign_on_gpus_does_not_fall_back_to_cpus() -> None:
+    packing = {"workers": dict.fromkeys("abc", 1), "cpus_per_worker": 1, "use_gpu": True, "slots": 1}
+    journal = entries(OPENED, (Kind.PACKED, "", {"packing": packing}))
+    assert decide(plan_of(18, 18, 18), journal, Facts(), TWO_CPUS) == [Wait("a machine for a worker")]
+
+
+# -- every course of events -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class World:
+    """Processes, storage and a journal, moved by draws: what a driver meets."""
+
+    plan: Plan
+    draw: random.Random
+    journal: list[Entry] = field(default_factory=list)
+    progress: dict[str, int] = field(default_factory=dict)
+    done: set[str] = field(default_factory=set)
+    alive: dict[str, int] = field(default_factory=dict)  # workers
+    orphans: set[str] = field(default_factory=set)  # alive, of a driver that was killed
+    ensemble: frozenset[str] = frozenset()
+    submission: frozenset[str] = frozenset()
+    driver: int = 0
+    kills: int = 3
+    num_slots: int = 2
+
+    def write(self, kind: Kind, member: str = "", **detail: Any) -> None:
+        self.journal.append(Entry(len(self.journal) + 1, kind, self.driver, member, detail))
+
+    def open(self) -> None:
+        self.driver += 1
+        self.orphans = set(self.alive)
+        self.write(Kind.OPENED, least=self.plan.campaign.least)
+
+    def facts(self) -> Facts:
+        return Facts(frozenset(self.done), frozenset(self.alive), frozenset(), self.ensemble, self.submission)
+
+    @property
+    def cluster(self) -> Cluster:
+        return Cluster((Node(self.num_slots, 0),) if self.num_slots else ())
+
+    def end_one(self) -> None:
+        """A process makes some progress, and ends somehow."""
+        name = self.draw.choice(sorted(self.alive))
+        code = self.draw.choice([0, 0, 0, 0, 1, 1, 2, -9, 130])
+        before = self.progress.get(name, 0)
+        self.progress[name] = min(5, before + self.draw.randint(0, 3))
+        if code == 0 and self.draw.random() < 0.9:  # else it has ended well and left no scores
+            self.done.add(name)
+            self.progress[name] = 6
+        del self.alive[name]
+        if name in self.orphans:  # nobody knows its exit code
+            self.orphans.discard(name)
+            asked, known = True, None
+        else:
+            asked, known = False, code
+        self.write(
+            Kind.ENDED,
+            name,
+            code=known,
+            asked=asked,
+            done=name in self.done,
+            progress=self.progress[name],
+            said=f"{name} {code}",
+        )
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.integers(0, 2**32),
+    st.integers(1, 5),
+    st.integers(0, 5),
+    st.integers(0, 3),
+    st.sampled_from([0, 1, 2, 3]),
+    st.sampled_from([0, 1, 2]),
+)
+def test_every_course_of_events_ends(
+    seed: int, num: int, least: int, each: int, max_failures: int, at_once: int
+) -> None:
+    plan = plan_of(
+        *[18, 50, 34, 18, 101][:num],
+        least_members=min(least, num),
+        workers_per_member=each,
+        max_failures=max_failures,
+        max_at_once=at_once,
+    )
+    draw = random.Random(seed)
+    world = World(plan, draw)
+    world.open()
+    for _ in range(2000):
+        if world.kills and draw.random() < 0.05:
+            world.kills -= 1
+            world.open()
+        if draw.random() < 0.1:
+            world.num_slots = draw.randint(0, 6)
+        actions = decide(plan, world.journal, world.facts(), world.cluster if draw.random() < 0.7 else None)
+        assert actions
+        if _act(world, actions, at_once):
+            break
+    else:
+        pytest.fail("no end in sight")
+    names = [m.name for m in plan.campaign.members]
+    if isinstance(actions[-1], Done):
+        assert world.ensemble == world.submission
+        assert world.ensemble <= world.done
+        assert len(world.ensemble) >= plan.campaign.least
+        lost = account_of(names, world.journal).given_up.keys()
+        assert world.ensemble >= set(names) - lost
+    else:
+        assert not world.alive
+
+
+def _act(world: World, actions: Sequence[object], at_once: int) -> bool:
+    """Do what was decided; whether that was the end."""
+    for action in actions:
+        match action:
+            case Look():
+                pass
+            case Pack(packing):
+                world.write(Kind.PACKED, packing=packing.__dict__)
+            case Start(name, workers, _):
+                assert name not in world.done
+                assert name not in world.alive
+                assert workers >= 1
+                assert sum(world.alive.values()) + workers <= world.num_slots
+                world.alive[name] = workers
+                assert len(world.alive) <= (at_once or 99)
+                world.write(Kind.STARTED, name)
+            case GiveUp(name, why):
+                assert name not in world.done
+                world.write(Kind.GAVE_UP, name, why=why)
+            case End(name):
+                assert name in world.alive
+                del world.alive[name]
+                world.orphans.discard(name)
+                world.write(Kind.ENDED, name, code=130, asked=True, done=False, progress=0, said="")
+            case BuildEnsemble(members):
+                world.ensemble = frozenset(members)
+            case WriteSubmission(members):
+                assert world.ensemble == set(members)
+                world.submission = frozenset(members)
+            case Wait():
+                if world.alive:
+                    world.end_one()
+                else:  # a machine comes at last
+                    world.num_slots = 2
+            case Stop(why, _):
+                world.write(Kind.STOPPED, why=why)
+                return True
+            case Done():
+                return True
+    return False
