@@ -40,6 +40,10 @@ class DigestError(OSError):
     """Bytes in storage are not those that were published."""
 
 
+# Bytes, or pieces that follow each other: to join large ones is to copy them.
+Content = bytes | Sequence[memoryview]
+
+
 class FileStat(NamedTuple):
     """Size in bytes; time of modification in ns since 1970, 0 where the store does not tell."""
 
@@ -47,9 +51,17 @@ class FileStat(NamedTuple):
     modified_ns: int
 
 
-def sha256_hex(data: bytes | memoryview) -> str:
+def sha256_hex(data: Content | memoryview) -> str:
     """SHA-256 of ``data`` as 64 hexadecimal digits."""
-    return hashlib.sha256(data).hexdigest()
+    digest = hashlib.sha256()
+    for piece in [data] if isinstance(data, bytes | memoryview) else data:
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def size_bytes(data: Content) -> int:
+    """Length of ``data``."""
+    return len(data) if isinstance(data, bytes) else sum(piece.nbytes for piece in data)
 
 
 class Storage:
@@ -220,14 +232,16 @@ class Storage:
 
     # -- writing ------------------------------------------------------------------------------------------------
 
-    def publish(self, name: str, data: bytes) -> None:
+    def publish(self, name: str, data: Content) -> None:
         """Write ``data`` as ``name``, whole or not at all, replacing what was there."""
+        pieces = [data] if isinstance(data, bytes) else data
         if not self.is_local:
-            target = self.path(name)
-            self._call(name, lambda: self.fs.pipe_file(target, data))
+            target, whole = self.path(name), b"".join(pieces)
+            self._call(name, lambda: self.fs.pipe_file(target, whole))
             return
         with self.publishing(name) as stream:
-            stream.write(data)
+            for piece in pieces:
+                stream.write(piece)
 
     @contextmanager
     def publishing(self, name: str) -> Iterator[IO[bytes]]:

@@ -33,7 +33,7 @@ import safetensors.torch
 from torch import Tensor
 
 from orchestrator.remote import StoreRefusedError, StoreUnreachableError
-from orchestrator.storage import DigestError, Storage, sha256_hex
+from orchestrator.storage import Content, DigestError, Storage, sha256_hex, size_bytes
 from orchestrator.training import tensor_file
 from orchestrator.training.commit_record import CommitRecord, FileRecord, best, counting
 from orchestrator.training.failures import NotFiniteError, StorageFailedError
@@ -249,12 +249,12 @@ class Checkpoints:
                 f"the weights of step {snapshot.step} are not finite: they are not saved, and the checkpoints before "
                 "are kept; where it happens again, lower schedule.lr or use a warm-up, under a new name"
             )
-        contents = {
-            "tensors.safetensors": tensor_file.to_bytes(snapshot.tensors),
+        contents: dict[str, Content] = {
+            "tensors.safetensors": tensor_file.pieces(snapshot.tensors),
             "state.json": json.dumps(snapshot.state, sort_keys=True).encode(),
             "journal.jsonl": "".join(json.dumps(e, sort_keys=True) + "\n" for e in snapshot.journal).encode(),
         }
-        files = {name: FileRecord(len(data), sha256_hex(data)) for name, data in contents.items()}
+        files = {name: FileRecord(size_bytes(data), sha256_hex(data)) for name, data in contents.items()}
         record = self._store_patiently(snapshot, files, contents)
         self._kept_step = record.step
         its_best = None
@@ -266,7 +266,7 @@ class Checkpoints:
         self._published(record, its_best is not None and its_best.name == record.name)
 
     def _store_patiently(
-        self, snapshot: Snapshot, files: dict[str, FileRecord], contents: dict[str, bytes]
+        self, snapshot: Snapshot, files: dict[str, FileRecord], contents: dict[str, Content]
     ) -> CommitRecord:
         began_s, tries, pause_s = time.monotonic(), 0, _FIRST_PAUSE_S
         step, failed_s = snapshot.step, None
@@ -300,7 +300,7 @@ class Checkpoints:
             _ENDING.wait(min(pause_s, max(left_s, 0)))
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
-    def _store(self, record: CommitRecord, contents: dict[str, bytes]) -> None:
+    def _store(self, record: CommitRecord, contents: dict[str, Content]) -> None:
         """The two phases."""
         for name, data in contents.items():
             self._run.publish(f"{record.folder}/{name}", data)
@@ -323,10 +323,10 @@ class Checkpoints:
             if cause.errno in _FULL:
                 self.collect_orphans()
 
-    def _give_up(self, step: int, waited_s: str, cause: OSError, contents: dict[str, bytes]) -> NoReturn:
+    def _give_up(self, step: int, waited_s: str, cause: OSError, contents: dict[str, Content]) -> NoReturn:
         room, advice = "", "mend the storage"
         if cause.errno in _FULL:
-            needs, free = sum(map(len, contents.values())), None
+            needs, free = sum(map(size_bytes, contents.values())), None
             with suppress(OSError):
                 free = self._run.free_bytes()
             if free is not None:

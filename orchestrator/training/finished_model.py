@@ -29,7 +29,7 @@ from orchestrator.data.shards import DataSet
 from orchestrator.models import BatchNorm2d
 from orchestrator.plain import digest, from_plain, to_plain
 from orchestrator.remote import StoreRefusedError
-from orchestrator.storage import DigestError, Storage, sha256_hex
+from orchestrator.storage import DigestError, Storage, sha256_hex, size_bytes
 from orchestrator.training import tensor_file
 from orchestrator.training.assembly import (
     autocast_dtype,
@@ -162,10 +162,10 @@ def finish_model(
     if world.is_first:
         assert record is not None
         mean = views_of(config, data)[2].value
-        content = tensor_file.to_bytes(tensors | {"input/mean": torch.from_numpy(mean)})
+        content = tensor_file.pieces(tensors | {"input/mean": torch.from_numpy(mean)})
         made = ModelRecord(
             file=name.removesuffix(".json") + ".safetensors",
-            nbytes=len(content),
+            nbytes=size_bytes(content),
             sha256=sha256_hex(content),
             weights_sha256=weights_sha256(tensors),
             step=step,

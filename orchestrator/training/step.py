@@ -94,7 +94,8 @@ class ClassificationStep:
         """Copies in host memory of all that training changes: model/<name> and momentum/<name>."""
         state = {f"model/{name}": t for name, t in self.model.state_dict().items()}
         state |= {f"momentum/{name}": t for name, t in self.optimizer.momentum().items()}
-        return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in state.items()}
+        plain = torch.contiguous_format  # at once: what is channels last would be copied twice
+        return {name: t.detach().to("cpu", copy=True, memory_format=plain) for name, t in state.items()}
 
     def load(self, tensors: dict[str, Tensor], lr: float) -> None:
         """Go on from ``tensors()`` of a run whose last step had learning rate ``lr``. Raises ValueError."""

@@ -1,6 +1,6 @@
-"""Tensors as the bytes of a safetensors file, at the cost of one copy: training computes beside it.
+"""Tensors as a safetensors file in pieces, without a copy: training computes beside it.
 
-``safetensors.torch.save`` copies everything twice and holds Python's lock meanwhile; joining large pieces releases it.
+``safetensors.torch.save`` copies everything twice and holds Python's lock meanwhile.
 """
 
 from __future__ import annotations
@@ -26,10 +26,13 @@ _NAMES = {
 }
 
 
-def to_bytes(tensors: dict[str, Tensor]) -> bytes:
-    """The file's content. Tensors in host memory; other types than the usual go the slow way."""
+def pieces(tensors: dict[str, Tensor]) -> list[memoryview]:
+    """The file's content, piece by piece: views of the tensors, which lie in host memory and must not change.
+
+    Other types than the usual go the slow way.
+    """
     if not all(t.dtype in _NAMES for t in tensors.values()):
-        return safetensors.torch.save(tensors)
+        return [memoryview(safetensors.torch.save(tensors))]
     # The largest elements first, so that every tensor is aligned.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header, end = {}, 0
@@ -40,7 +43,7 @@ def to_bytes(tensors: dict[str, Tensor]) -> bytes:
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     views = [tensors[name].contiguous().view(-1).view(torch.uint8).numpy().data for name in names]
-    return b"".join([len(text).to_bytes(8, "little"), text, *views])
+    return [memoryview(len(text).to_bytes(8, "little") + text), *views]
 
 
 def is_finite(tensor: Tensor) -> bool:

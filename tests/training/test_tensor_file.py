@@ -5,7 +5,11 @@ from __future__ import annotations
 import safetensors.torch
 import torch
 
-from orchestrator.training.tensor_file import is_finite, to_bytes
+from orchestrator.training.tensor_file import is_finite, pieces
+
+
+def whole(tensors: dict[str, torch.Tensor]) -> bytes:
+    return b"".join(pieces(tensors))
 
 
 def test_the_bytes_are_the_librarys() -> None:
@@ -15,7 +19,7 @@ def test_the_bytes_are_the_librarys() -> None:
         'momentum/"é\\': torch.randn(5),
         "model/empty": torch.empty(0, 3),
     }
-    assert to_bytes(tensors) == safetensors.torch.save(tensors)
+    assert whole(tensors) == safetensors.torch.save(tensors)
 
 
 def test_all_types_and_layouts_come_back() -> None:
@@ -25,12 +29,12 @@ def test_all_types_and_layouts_come_back() -> None:
     tensors = {str(dtype): number.to(dtype) for dtype in types}
     tensors |= {"turned": torch.randn(3, 5).T, "last": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)}
     for extra in ({}, {"unusual": torch.ones(3, dtype=torch.float8_e5m2)}):
-        back = safetensors.torch.load(to_bytes({n: t.contiguous() for n, t in tensors.items()} | extra))
+        back = safetensors.torch.load(whole({n: t.contiguous() for n, t in tensors.items()} | extra))
         assert back.keys() == tensors.keys() | extra.keys()
         assert all(
             torch.equal(back[name], tensor) and back[name].dtype == tensor.dtype for name, tensor in tensors.items()
         )
-    back = safetensors.torch.load(to_bytes(tensors))
+    back = safetensors.torch.load(whole(tensors))
     assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
 
 
