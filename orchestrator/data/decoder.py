@@ -1,21 +1,27 @@
 """Encoded images and regions in, pixels out, on CPU and GPU. The only door to DALI.
 
-Only the region that encloses a view is decoded, then resized to the crop. Legend: N images in a batch, S = crop in
-pixels.
+Only the region that encloses an image's views is decoded, once, then resized to each of them. Legend: N images in a
+batch, S = crop in pixels, K views of an image.
 """
 
 from __future__ import annotations
 
 import io
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, partial
-from typing import Any
+from functools import cache
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 
-from orchestrator.data.views import Views
+from orchestrator.data.views import ManyViews, Views
+
+Seen = TypeVar("Seen", Views, ManyViews)
+Pixels = TypeVar("Pixels")
 
 
 @cache
@@ -54,114 +60,213 @@ def is_jpeg(encoded: np.ndarray, width: int, height: int) -> bool:
         return False
 
 
-class Decoder:
-    """A DALI pipeline that is fed explicitly: encoded images and regions in, pixels [N, S, S, 3] out, in order."""
+class AnyDecoder(ABC, Generic[Seen, Pixels]):
+    """A DALI pipeline that is fed explicitly: encoded images and what is seen of them in, pixels out, in order."""
 
-    def __init__(self, settings: DecodeSettings, crop: int, batch_size: int) -> None:
+    def __init__(self, settings: DecodeSettings, batch_size: int) -> None:
         # Imported here: half a second and 200 MB that only a process with an input side pays.
-        import nvidia.dali.fn as fn
-        import nvidia.dali.types as types
         from nvidia.dali import pipeline_def
 
-        self.settings, self.crop, self.batch_size = settings, crop, batch_size
-        gpu = settings.device == "cuda"
+        self.settings, self.batch_size = settings, batch_size
 
         @pipeline_def(
             batch_size=batch_size,
             num_threads=settings.num_threads,
-            device_id=settings.device_id if gpu else None,
+            device_id=settings.device_id if settings.device == "cuda" else None,
             prefetch_queue_depth=settings.prefetch_batches,
         )
         def graph() -> Any:
-            source = partial(fn.external_source, batch=True)
-            encoded = source(name="encoded", dtype=types.UINT8, ndim=1)
-            anchor = source(name="anchor", dtype=types.INT32, ndim=1)
-            shape = source(name="shape", dtype=types.INT32, ndim=1)
-            roi_start = source(name="roi_start", dtype=types.FLOAT, ndim=1)
-            roi_end = source(name="roi_end", dtype=types.FLOAT, ndim=1)
-            flip = source(name="flip", dtype=types.INT32, ndim=0)
-            shift = source(name="shift", dtype=types.FLOAT, ndim=1)
-            hardware: dict[str, Any] = {"hw_decoder_load": settings.hw_decoder_share} if gpu else {}
-            images = fn.decoders.image_slice(
-                encoded,
-                anchor,
-                shape,
-                device="mixed" if gpu else "cpu",
-                axes=[0, 1],
-                output_type=types.RGB,
-                adjust_orientation=False,  # the EXIF orientation is ignored: sizes in the index are as stored
-                **hardware,
-            )
-            images = fn.resize(
-                images,
-                size=[crop, crop],
-                roi_start=roi_start,
-                roi_end=roi_end,
-                interp_type=types.INTERP_LINEAR,
-                antialias=True,
-            )
-            return fn.crop_mirror_normalize(
-                images,
-                mirror=flip,
-                mean=shift,
-                dtype=types.FLOAT16 if settings.half else types.FLOAT,
-                output_layout="HWC",  # channels last, as the convolutions want it
-            )
+            return self._graph()
 
         self._pipeline = graph()
         self._pipeline.build()
         self._prime()
 
-    def submit(
-        self, encoded: list[np.ndarray], views: Views, mean: np.ndarray, width: np.ndarray, height: np.ndarray
-    ) -> None:
+    @abstractmethod
+    def submit(self, encoded: list[np.ndarray], views: Seen, width: np.ndarray, height: np.ndarray) -> None:
         """Feed one batch: N encoded images [bytes] uint8, their views, and their width and height [N] in pixels.
 
-        ``mean`` [3] float32 is subtracted. Bytes that are no JPEG of that size may crash the process: see ``is_jpeg``.
+        Bytes that are no JPEG of that size may crash the process: see ``is_jpeg``.
         """
-        v = views
-        feed = self._pipeline.feed_input
+
+    @abstractmethod
+    def collect(self) -> Pixels:
+        """The oldest batch, on the pipeline's device. Raises RuntimeError if an image is undecodable."""
+
+    @abstractmethod
+    def _graph(self) -> Any:
+        """The graph's outputs, made of ``_decoded()``."""
+
+    @abstractmethod
+    def _gray(self) -> dict[str, np.ndarray]:
+        """What the graph is fed, besides the image, with one gray pixel."""
+
+    @staticmethod
+    def _source(name: str, kind: str, ndim: int) -> Any:
+        """An input of the graph. ``kind``: UINT8, INT32 or FLOAT."""
+        import nvidia.dali.fn as fn
+        import nvidia.dali.types as types
+
+        return fn.external_source(name=name, dtype=getattr(types, kind), ndim=ndim, batch=True)
+
+    def _decoded(self) -> Any:
+        """The decoded part of each image."""
+        import nvidia.dali.fn as fn
+        import nvidia.dali.types as types
+
+        gpu = self.settings.device == "cuda"
+        hardware: dict[str, Any] = {"hw_decoder_load": self.settings.hw_decoder_share} if gpu else {}
+        return fn.decoders.image_slice(
+            self._source("encoded", "UINT8", 1),
+            self._source("anchor", "INT32", 1),
+            self._source("shape", "INT32", 1),
+            device="mixed" if gpu else "cpu",
+            axes=[0, 1],
+            output_type=types.RGB,
+            adjust_orientation=False,  # the EXIF orientation is ignored: sizes in the index are as stored
+            **hardware,
+        )
+
+    def _resized(self, images: Any, suffix: str, size: Any) -> Any:
+        """A region of each image, resized; ``size``: height and width."""
+        import nvidia.dali.fn as fn
+        import nvidia.dali.types as types
+
+        return fn.resize(
+            images,
+            size=size,
+            roi_start=self._source(f"roi_start{suffix}", "FLOAT", 1),
+            roi_end=self._source(f"roi_end{suffix}", "FLOAT", 1),
+            interp_type=types.INTERP_LINEAR,
+            antialias=True,
+        )
+
+    def _feed(
+        self,
+        encoded: list[np.ndarray],
+        regions: np.ndarray,
+        sizes: Sequence[tuple[int, int]],
+        image_width: np.ndarray,
+        image_height: np.ndarray,
+    ) -> np.ndarray:
+        """Feed encoded images and the part of each that is decoded: what encloses its ``regions`` [K, n, 4], which are
+        resized to ``sizes`` (height, width). Returns the regions within those parts.
+        """
+        x0, y0, x1, y1 = np.moveaxis(regions, 2, 0)
+        height, width = np.array(sizes, np.float64).T[:, :, None]
         # The antialiasing filter reads outside the region by its own support: one output pixel, in input pixels.
-        margin_x = np.maximum(4, np.ceil((v.x1 - v.x0) / self.crop) + 1)
-        margin_y = np.maximum(4, np.ceil((v.y1 - v.y0) / self.crop) + 1)
-        left, top = np.maximum(0, np.floor(v.x0 - margin_x)), np.maximum(0, np.floor(v.y0 - margin_y))
-        right, bottom = np.minimum(width, np.ceil(v.x1 + margin_x)), np.minimum(height, np.ceil(v.y1 + margin_y))
-        feed("encoded", encoded)
-        feed("anchor", np.stack([top, left], 1).astype(np.int32))
-        feed("shape", np.stack([bottom - top, right - left], 1).astype(np.int32))
-        feed("roi_start", np.stack([v.y0 - top, v.x0 - left], 1).astype(np.float32))
-        feed("roi_end", np.stack([v.y1 - top, v.x1 - left], 1).astype(np.float32))
-        feed("flip", v.flip.astype(np.int32))
-        feed("shift", (mean - v.colour_shift).astype(np.float32))
-        self._pipeline.schedule_run()
+        margin_x = np.maximum(4, np.ceil((x1 - x0) / width) + 1)
+        margin_y = np.maximum(4, np.ceil((y1 - y0) / height) + 1)
+        left, top = (np.maximum(0, np.floor(a).min(0)) for a in (x0 - margin_x, y0 - margin_y))
+        right = np.minimum(image_width, np.ceil(x1 + margin_x).max(0))
+        bottom = np.minimum(image_height, np.ceil(y1 + margin_y).max(0))
+        self._pipeline.feed_input("encoded", encoded)
+        self._pipeline.feed_input("anchor", np.stack([top, left], 1).astype(np.int32))
+        self._pipeline.feed_input("shape", np.stack([bottom - top, right - left], 1).astype(np.int32))
+        return regions - np.stack([left, top, left, top], 1)
+
+    def _feed_region(self, region: np.ndarray, suffix: str) -> None:
+        """``region`` [n, 4] of the decoded parts, for ``_resized``."""
+        self._pipeline.feed_input(f"roi_start{suffix}", np.ascontiguousarray(region[:, [1, 0]], np.float32))
+        self._pipeline.feed_input(f"roi_end{suffix}", np.ascontiguousarray(region[:, [3, 2]], np.float32))
 
     def _prime(self) -> None:
         """Run the pipeline on gray pixels: its first schedule_run takes as many batches as it may prefetch."""
         depth = self.settings.prefetch_batches
-        gray = {"encoded": [gray_jpeg()], "flip": np.zeros(1, np.int32)}
-        corner, pixel = np.zeros((1, 2)), np.ones((1, 2))
-        gray |= {"anchor": corner.astype(np.int32), "shape": pixel.astype(np.int32)}
-        gray |= {"roi_start": corner.astype(np.float32), "roi_end": pixel.astype(np.float32)}
-        gray |= {"shift": np.zeros((1, 3), np.float32)}
+        gray = {"anchor": np.zeros((1, 2), np.int32), "shape": np.ones((1, 2), np.int32), **self._gray()}
         for _ in range(depth):
+            self._pipeline.feed_input("encoded", [gray_jpeg()])
             for name, value in gray.items():
                 self._pipeline.feed_input(name, value)
         self._pipeline.schedule_run()
         for _ in range(depth):
-            self.collect(1)
+            self._pipeline.share_outputs()
+            self._pipeline.release_outputs()
 
-    def collect(self, count: int) -> torch.Tensor:
-        """The oldest batch: [N, S, S, 3] on the pipeline's device. Raises RuntimeError if an image is undecodable."""
-        shape = (count, self.crop, self.crop, 3)
-        dtype = torch.float16 if self.settings.half else torch.float32
+    def _collect(self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> list[torch.Tensor]:
+        """Copies of the oldest batch's outputs. Raises RuntimeError if an image is undecodable."""
+        outputs = self._pipeline.share_outputs()
         if self.settings.device == "cuda":
             from nvidia.dali.plugin.pytorch import feed_ndarray
 
-            (out,) = self._pipeline.share_outputs()
-            pixels = torch.empty(shape, dtype=dtype, device=torch.device("cuda", self.settings.device_id))
-            feed_ndarray(out.as_tensor(), pixels, cuda_stream=torch.cuda.current_stream(pixels.device))
+            device = torch.device("cuda", self.settings.device_id)
+            pixels = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
+            for output, copy in zip(outputs, pixels, strict=True):
+                feed_ndarray(output.as_tensor(), copy, cuda_stream=torch.cuda.current_stream(device))
         else:
-            (out,) = self._pipeline.share_outputs()
-            pixels = torch.from_numpy(np.array(out.as_tensor()))  # a copy: DALI reuses its buffer
+            pixels = [torch.from_numpy(np.array(output.as_tensor())) for output in outputs]  # DALI reuses its buffers
+            assert [tuple(each.shape) for each in pixels] == list(shapes)
         self._pipeline.release_outputs()
         return pixels
+
+
+class Decoder(AnyDecoder[Views, torch.Tensor]):
+    """One view of each image: pixels [N, S, S, 3] float32 or float16, in order, less ``channel_mean`` [3] float32."""
+
+    def __init__(self, settings: DecodeSettings, batch_size: int, crop: int, channel_mean: np.ndarray) -> None:
+        self.crop, self._mean = crop, channel_mean
+        self._counts: deque[int] = deque()
+        super().__init__(settings, batch_size)
+
+    def _graph(self) -> Any:
+        import nvidia.dali.fn as fn
+        import nvidia.dali.types as types
+
+        return fn.crop_mirror_normalize(
+            self._resized(self._decoded(), "", [self.crop, self.crop]),
+            mirror=self._source("flip", "INT32", 0),
+            mean=self._source("shift", "FLOAT", 1),
+            dtype=types.FLOAT16 if self.settings.half else types.FLOAT,
+            output_layout="HWC",  # channels last, as the convolutions want it
+        )
+
+    def _gray(self) -> dict[str, np.ndarray]:
+        roi = {"roi_start": np.zeros((1, 2), np.float32), "roi_end": np.ones((1, 2), np.float32)}
+        return {**roi, "flip": np.zeros(1, np.int32), "shift": np.zeros((1, 3), np.float32)}
+
+    def submit(self, encoded: list[np.ndarray], views: Views, width: np.ndarray, height: np.ndarray) -> None:
+        regions = np.stack([views.x0, views.y0, views.x1, views.y1], 1)[None]
+        (region,) = self._feed(encoded, regions, [(self.crop, self.crop)], width, height)
+        self._feed_region(region, "")
+        self._pipeline.feed_input("flip", views.flip.astype(np.int32))
+        self._pipeline.feed_input("shift", (self._mean - views.colour_shift).astype(np.float32))
+        self._pipeline.schedule_run()
+        self._counts.append(len(encoded))
+
+    def collect(self) -> torch.Tensor:
+        shape = (self._counts.popleft(), self.crop, self.crop, 3)
+        return self._collect([shape], torch.float16 if self.settings.half else torch.float32)[0]
+
+
+class ManyDecoder(AnyDecoder[ManyViews, tuple[torch.Tensor, ...]]):
+    """Several views of each image, which is decoded once: K tensors [N, height, width, 3] uint8, in order."""
+
+    def __init__(self, settings: DecodeSettings, batch_size: int, num_views: int) -> None:
+        self._num_views = num_views
+        self._shapes: deque[list[tuple[int, ...]]] = deque()
+        super().__init__(settings, batch_size)
+
+    def _graph(self) -> Any:
+        images = self._decoded()
+        return tuple(
+            self._resized(images, f"{k}", self._source(f"size{k}", "FLOAT", 1)) for k in range(self._num_views)
+        )
+
+    def _gray(self) -> dict[str, np.ndarray]:
+        corner, pixel = np.zeros((1, 2), np.float32), np.ones((1, 2), np.float32)
+        gray: dict[str, np.ndarray] = {}
+        for k in range(self._num_views):
+            gray |= {f"roi_start{k}": corner, f"roi_end{k}": pixel, f"size{k}": pixel}
+        return gray
+
+    def submit(self, encoded: list[np.ndarray], views: ManyViews, width: np.ndarray, height: np.ndarray) -> None:
+        # Batches may differ in their number of images and in the sizes of their views.
+        regions = self._feed(encoded, views.regions, views.sizes, width, height)
+        for k, (region, size) in enumerate(zip(regions, views.sizes, strict=True)):
+            self._feed_region(region, f"{k}")
+            self._pipeline.feed_input(f"size{k}", np.tile(np.array(size, np.float32), (len(encoded), 1)))
+        self._pipeline.schedule_run()
+        self._shapes.append([(len(encoded), *size, 3) for size in views.sizes])
+
+    def collect(self) -> tuple[torch.Tensor, ...]:
+        return tuple(self._collect(self._shapes.popleft(), torch.uint8))

@@ -10,11 +10,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from typing import Generic
 
 import numpy as np
 import torch
 
-from orchestrator.data.decoder import Decoder, DecodeSettings, gray_jpeg, is_jpeg
+from orchestrator.data.decoder import AnyDecoder, Decoder, DecodeSettings, Pixels, Seen, gray_jpeg, is_jpeg
 from orchestrator.data.sampling import Purpose, SampleStream
 from orchestrator.data.shards import Split
 from orchestrator.data.views import ColourAxes, TestView, TrainView, Views
@@ -52,29 +53,27 @@ class Mean:
 
 
 @dataclass
-class _Job:
+class Job(Generic[Seen]):
     """One batch on its way: which images, seen how; ``encoded`` is filled by the reading thread."""
 
     positions: np.ndarray  # [N] int64: stream positions in training, −1 in an evaluation
     indices: np.ndarray  # [N] int64
     padding: np.ndarray  # [N] bool
     encoded: list[np.ndarray] = field(default_factory=list)
-    views: Views | None = None
+    views: Seen | None = None
     unreadable: np.ndarray | None = None  # [N] bool
     replaced: tuple[tuple[str, str], ...] = ()
 
 
-class _Feed(ABC):
+class Feed(ABC, Generic[Seen, Pixels]):
     """Jobs in, batches out in order: bytes are read one thread ahead of the decoder, the decoder ahead of the step.
 
     An image that DALI cannot decode costs the whole batch and the pipeline (DALI names no sample): the images on
     their way are decoded singly to find it, the pipeline is built anew, and ``_stand_in`` says what takes its place.
     """
 
-    def __init__(
-        self, split: Split, mean: Mean, settings: DecodeSettings, crop: int, batch_size: int, max_undecodable: int
-    ) -> None:
-        self.split, self.settings, self.crop, self.batch_size = split, settings, crop, batch_size
+    def __init__(self, split: Split, settings: DecodeSettings, batch_size: int, max_undecodable: int) -> None:
+        self.split, self.settings, self.batch_size = split, settings, batch_size
         self._max_undecodable = max_undecodable
         # Preparation has found these; what is found later counts towards the limit.
         self._known = frozenset(np.flatnonzero(split.decodable == 0).tolist())
@@ -82,26 +81,24 @@ class _Feed(ABC):
         # (position, image): a file cut off in its pixels decodes in some regions and not in others, so a failure tells
         # of one view alone. Else what is shown would depend on what this process has seen before.
         self._failed: frozenset[tuple[int, int]] = frozenset()
-        self._channel_mean = mean.value if mean.value.ndim == 1 else np.zeros(3, np.float32)
-        self._mean_image: torch.Tensor | None = None
-        if mean.value.ndim == 3:
-            if mean.value.shape != (3, crop, crop):
-                raise ValueError(f"mean image of {mean.value.shape} does not fit crops of {crop} pixels")
-            self._mean_image = torch.from_numpy(mean.value.transpose(1, 2, 0).copy())
-        self._decoder = Decoder(settings, crop, batch_size)
+        self._decoder: AnyDecoder[Seen, Pixels] = self._new_decoder(settings, batch_size)
         self._threads = ThreadPoolExecutor(1, "read-images")
-        self._reading: deque[Future[_Job]] = deque()
-        self._decoding: deque[_Job] = deque()
+        self._reading: deque[Future[Job[Seen]]] = deque()
+        self._decoding: deque[Job[Seen]] = deque()
 
     @abstractmethod
-    def _views(self, job: _Job) -> Views:
+    def _new_decoder(self, settings: DecodeSettings, batch_size: int) -> AnyDecoder[Seen, Pixels]:
+        """A decoder for batches of up to ``batch_size``."""
+
+    @abstractmethod
+    def _views(self, job: Job[Seen]) -> Seen:
         """Which region of each image is shown."""
 
     @abstractmethod
-    def _stand_in(self, job: _Job) -> None:
+    def _stand_in(self, job: Job[Seen]) -> None:
         """Change ``job`` so that no undecodable image is in it, or mark those as unreadable."""
 
-    def _prepare(self, original: _Job) -> _Job:
+    def _prepare(self, original: Job[Seen]) -> Job[Seen]:
         """Regions and bytes of one batch. Runs in the reading thread."""
         while True:
             unreadable = np.zeros(len(original.indices), bool)
@@ -125,7 +122,7 @@ class _Feed(ABC):
     def _is_bad(self, position: int, index: int) -> bool:
         return index in self._broken or (position, index) in self._failed
 
-    def _bad_places(self, job: _Job) -> list[bool]:
+    def _bad_places(self, job: Job[Seen]) -> list[bool]:
         return [self._is_bad(*pair) for pair in zip(job.positions.tolist(), job.indices.tolist(), strict=True)]
 
     def _remember(self, broken: Iterable[int] = (), failed: Iterable[tuple[int, int]] = ()) -> None:
@@ -140,18 +137,18 @@ class _Feed(ABC):
                 f"input.max_undecodable {self._max_undecodable}: {names}: prepare the data set again or raise it"
             )
 
-    def _sizes(self, job: _Job) -> tuple[np.ndarray, np.ndarray]:
+    def _sizes(self, job: Job[Seen]) -> tuple[np.ndarray, np.ndarray]:
         width, height = self.split.width[job.indices].copy(), self.split.height[job.indices].copy()
         if job.unreadable is not None:
             width[job.unreadable] = height[job.unreadable] = 1
         return width, height
 
-    def _run(self, jobs: Iterator[_Job]) -> Iterator[tuple[_Job, torch.Tensor]]:
+    def _run(self, jobs: Iterator[Job[Seen]]) -> Iterator[tuple[Job[Seen], Pixels]]:
         if self._reading or self._decoding:  # an iteration before this one was given up in the middle
             self._reading.clear()
             self._decoding.clear()
-            self._decoder = Decoder(self.settings, self.crop, self.batch_size)
-        originals: deque[_Job] = deque()
+            self._decoder = self._new_decoder(self.settings, self.batch_size)
+        originals: deque[Job[Seen]] = deque()
         depth = self.settings.prefetch_batches
         exhausted = False
         while True:
@@ -166,60 +163,42 @@ class _Feed(ABC):
             if not self._decoding:
                 return
             try:
-                pixels = self._decoder.collect(len(self._decoding[0].indices))
+                pixels = self._decoder.collect()
             except RuntimeError as error:
                 self._recover(list(originals)[: len(self._decoding)], error)
                 continue
             originals.popleft()
-            if self._mean_image is not None:
-                self._mean_image = self._mean_image.to(pixels.device, pixels.dtype)
-                pixels -= self._mean_image
-            yield self._decoding.popleft(), pixels.permute(0, 3, 1, 2)
+            yield self._decoding.popleft(), pixels
 
-    def _submit(self, job: _Job) -> None:
+    def _submit(self, job: Job[Seen]) -> None:
         assert job.views is not None
-        mean = np.broadcast_to(self._channel_mean, (len(job.indices), 3))
-        self._decoder.submit(job.encoded, job.views, mean, *self._sizes(job))
+        self._decoder.submit(job.encoded, job.views, *self._sizes(job))
         self._decoding.append(job)
 
-    def _recover(self, originals: Sequence[_Job], error: RuntimeError) -> None:
+    def _recover(self, originals: Sequence[Job[Seen]], error: RuntimeError) -> None:
         """Find what cannot be decoded among the batches on their way, and submit them again without it."""
         found: set[tuple[int, int]] = set()
-        single: Decoder | None = None
+        single: AnyDecoder[Seen, Pixels] | None = None
         for job in self._decoding:
             assert job.views is not None
             for i, pair in enumerate(zip(job.positions.tolist(), job.indices.tolist(), strict=True)):
                 if self._is_bad(*pair) or pair in found:
                     continue
-                one = _Job(job.positions[i : i + 1], job.indices[i : i + 1], job.padding[i : i + 1])
-                one.encoded = [job.encoded[i]]
-                one.views = Views(*(getattr(job.views, f)[i : i + 1] for f in Views.__dataclass_fields__))
-                single = single or Decoder(replace(self.settings, prefetch_batches=1), self.crop, 1)
+                single = single or self._new_decoder(replace(self.settings, prefetch_batches=1), 1)
+                width, height = self.split.width[pair[1] : pair[1] + 1], self.split.height[pair[1] : pair[1] + 1]
                 try:
-                    single.submit(one.encoded, one.views, np.zeros((1, 3), np.float32), *self._sizes(one))
-                    single.collect(1)
+                    single.submit([job.encoded[i]], job.views.of(i), width, height)
+                    single.collect()
                 except RuntimeError:
                     found.add(pair)
                     single = None
         if not found:
             raise error
         self._remember(failed=found)
-        self._decoder = Decoder(self.settings, self.crop, self.batch_size)
+        self._decoder = self._new_decoder(self.settings, self.batch_size)
         self._decoding.clear()
         for job in originals:
             self._submit(self._threads.submit(self._prepare, job).result())
-
-    def _batch(self, job: _Job, pixels: torch.Tensor) -> Batch:
-        assert job.unreadable is not None
-        labels = torch.from_numpy(self.split.label[job.indices].astype(np.int64))
-        return Batch(
-            images=pixels,
-            labels=labels.to(pixels.device, non_blocking=True),
-            indices=job.indices,
-            valid=~(job.padding | job.unreadable),
-            num_unreadable=int((job.unreadable & ~job.padding).sum()),
-            replaced=job.replaced,
-        )
 
     def close(self) -> None:
         """Stop reading ahead and free the pipeline."""
@@ -230,7 +209,41 @@ class _Feed(ABC):
         del self._decoder
 
 
-class TrainInput(_Feed):
+class _OneView(Feed[Views, torch.Tensor]):
+    """Batches of one crop × crop view of each image, less the mean."""
+
+    def __init__(
+        self, split: Split, mean: Mean, settings: DecodeSettings, crop: int, batch_size: int, max_undecodable: int
+    ) -> None:
+        self.crop = crop
+        self._channel_mean = mean.value if mean.value.ndim == 1 else np.zeros(3, np.float32)
+        self._mean_image: torch.Tensor | None = None
+        if mean.value.ndim == 3:
+            if mean.value.shape != (3, crop, crop):
+                raise ValueError(f"mean image of {mean.value.shape} does not fit crops of {crop} pixels")
+            self._mean_image = torch.from_numpy(mean.value.transpose(1, 2, 0).copy())
+        super().__init__(split, settings, batch_size, max_undecodable)
+
+    def _new_decoder(self, settings: DecodeSettings, batch_size: int) -> Decoder:
+        return Decoder(settings, batch_size, self.crop, self._channel_mean)
+
+    def _batch(self, job: Job[Views], pixels: torch.Tensor) -> Batch:
+        assert job.unreadable is not None
+        if self._mean_image is not None:
+            self._mean_image = self._mean_image.to(pixels.device, pixels.dtype)
+            pixels -= self._mean_image
+        labels = torch.from_numpy(self.split.label[job.indices].astype(np.int64))
+        return Batch(
+            images=pixels.permute(0, 3, 1, 2),
+            labels=labels.to(pixels.device, non_blocking=True),
+            indices=job.indices,
+            valid=~(job.padding | job.unreadable),
+            num_unreadable=int((job.unreadable & ~job.padding).sum()),
+            replaced=job.replaced,
+        )
+
+
+class TrainInput(_OneView):
     """An endless iterator over the training batches of one worker.
 
     ``positions_of(step)`` gives the stream positions [N] int64 that this worker sees in ``step``; ``ahead`` is told the
@@ -257,12 +270,12 @@ class TrainInput(_Feed):
         ahead(int(first[0]))
         self._batches = self._iterate()
 
-    def _jobs(self) -> Iterator[_Job]:
+    def _jobs(self) -> Iterator[Job[Views]]:
         step = self._start_step
         while True:
             positions = self._positions_of(step)
             self._ahead(int(positions[0]))
-            yield _Job(positions, self.stream.images(positions), np.zeros(len(positions), bool))
+            yield Job[Views](positions, self.stream.images(positions), np.zeros(len(positions), bool))
             step += 1
 
     def _iterate(self) -> Iterator[Batch]:
@@ -275,10 +288,10 @@ class TrainInput(_Feed):
     def __next__(self) -> Batch:
         return next(self._batches)
 
-    def _views(self, job: _Job) -> Views:
+    def _views(self, job: Job[Views]) -> Views:
         return self.view.views(self.stream, job.positions, *self._sizes(job), self.axes)
 
-    def _stand_in(self, job: _Job) -> None:
+    def _stand_in(self, job: Job[Views]) -> None:
         """Another image, drawn by (seed, position) alone: the same one whenever and wherever this step is done."""
         replaced = []
         for i in np.flatnonzero(self._bad_places(job)):
@@ -294,7 +307,7 @@ class TrainInput(_Feed):
         job.replaced = tuple(replaced)
 
 
-class EvalInput(_Feed):
+class EvalInput(_OneView):
     """The evaluation batches of a split: fixed by the data set and ``batch_size`` alone, each padded to full size."""
 
     def __init__(
@@ -314,15 +327,15 @@ class EvalInput(_Feed):
         """The batches of worker ``rank`` of ``size``: numbers rank, rank + size, …, each whole."""
         return (self._batch(job, pixels) for job, pixels in self._run(self._jobs(rank, size)))
 
-    def _jobs(self, rank: int, size: int) -> Iterator[_Job]:
+    def _jobs(self, rank: int, size: int) -> Iterator[Job[Views]]:
         for number in range(rank, self.num_batches, size):
             indices = np.arange(number * self.batch_size, (number + 1) * self.batch_size)
             padding = indices >= len(self.split)
-            yield _Job(np.full(len(indices), -1), np.where(padding, 0, indices), padding)
+            yield Job[Views](np.full(len(indices), -1), np.where(padding, 0, indices), padding)
 
-    def _views(self, job: _Job) -> Views:
+    def _views(self, job: Job[Views]) -> Views:
         return self.view.views(*self._sizes(job))
 
-    def _stand_in(self, job: _Job) -> None:
+    def _stand_in(self, job: Job[Views]) -> None:
         assert job.unreadable is not None
         job.unreadable[:] = self._bad_places(job)

@@ -27,6 +27,22 @@ class Views:
     flip: np.ndarray  # [n] bool: mirrored left to right after resizing
     colour_shift: np.ndarray  # [n, 3] float32, RGB
 
+    def of(self, i: int) -> Views:
+        """The view of image ``i`` alone."""
+        return Views(*(getattr(self, f)[i : i + 1] for f in Views.__dataclass_fields__))
+
+
+@dataclass(frozen=True)
+class ManyViews:
+    """K views of each of n images, view k of them all resized to ``sizes[k]``: height and width in pixels."""
+
+    regions: np.ndarray  # [K, n, 4] float64: x0, y0, x1, y1 as of ``Views``
+    sizes: tuple[tuple[int, int], ...]
+
+    def of(self, i: int) -> ManyViews:
+        """The views of image ``i`` alone."""
+        return ManyViews(self.regions[:, i : i + 1], self.sizes)
+
 
 @dataclass(frozen=True)
 class ColourAxes:
@@ -60,7 +76,11 @@ def _crop_of_resized(
     new_width, new_height = resized(width, height, shorter)
     left, top = where_x * (new_width - crop + 1), where_y * (new_height - crop + 1)
     left, top = np.floor(left).astype(np.int64), np.floor(top).astype(np.int64)
-    step_x, step_y = width / new_width, height / new_height
+    return _window(width / new_width, height / new_height, left, top, crop)
+
+
+def _window(step_x: np.ndarray, step_y: np.ndarray, left: np.ndarray, top: np.ndarray, crop: int) -> Region:
+    """Region of the stored image under a crop × crop window of the resized one, whose pixels are step_* wide in it."""
     return left * step_x, top * step_y, (left + crop) * step_x, (top + crop) * step_y
 
 
@@ -152,10 +172,67 @@ class TestView:
     def views(self, width: np.ndarray, height: np.ndarray) -> Views:
         """Views of n images of the sizes given [n] in pixels."""
         n = len(width)
-        shorter = np.full(n, self.shorter_side)
-        new_width, new_height = resized(width, height, shorter)
-        # The middle, half a pixel left or up where it does not divide; + 0.5 keeps the floor off the borders.
-        where_x = ((new_width - self.crop) // 2 + 0.5) / (new_width - self.crop + 1)
-        where_y = ((new_height - self.crop) // 2 + 0.5) / (new_height - self.crop + 1)
-        region = _crop_of_resized(width, height, shorter, self.crop, where_x, where_y)
+        new_width, new_height = resized(width, height, np.full(n, self.shorter_side))
+        # The middle, half a pixel left or up where it does not divide.
+        left, top = (new_width - self.crop) // 2, (new_height - self.crop) // 2
+        region = _window(width / new_width, height / new_height, left, top, self.crop)
         return Views(*region, flip=np.zeros(n, bool), colour_shift=np.zeros((n, 3), np.float32))
+
+
+@dataclass(frozen=True)
+class CropViews:
+    """Test views that are crops: shorter side resized to ``shorter_side`` pixels, the centre ``crop`` × ``crop``.
+
+    corners: the four corners too, before the centre: upper left, upper right, lower left, lower right.
+    """
+
+    crop: int = 224
+    shorter_side: int = 256
+    corners: bool = False
+
+    def __post_init__(self) -> None:
+        TestView(self.crop, self.shorter_side)  # the same sizes fit together
+
+    def sizes(self, width: np.ndarray, height: np.ndarray) -> np.ndarray:
+        """Height and width of every view of n images: [n, K, 2] int64."""
+        return np.full((len(width), 5 if self.corners else 1, 2), self.crop)
+
+    def regions(self, width: np.ndarray, height: np.ndarray) -> np.ndarray:
+        """Regions of every view of n images: [K, n, 4] float64."""
+        new_width, new_height = resized(width, height, np.full(len(width), self.shorter_side))
+        right, bottom = new_width - self.crop, new_height - self.crop
+        places = [(right // 2, bottom // 2)]
+        if self.corners:
+            places = [(0 * right, 0 * bottom), (right, 0 * bottom), (0 * right, bottom), (right, bottom), *places]
+        steps = width / new_width, height / new_height
+        return np.stack([np.stack(_window(*steps, left, top, self.crop), 1) for left, top in places])
+
+
+@dataclass(frozen=True)
+class ScaleViews:
+    """Test views that are whole images: one for each of ``shorter_sides``, pixels, aspect kept.
+
+    The longer side is cut to ``longest`` times the shorter one, around the middle: else a sliver of an image would
+    have no bound.
+    """
+
+    shorter_sides: tuple[int, ...] = (224, 256, 384, 480, 640)
+    longest: int = 4
+
+    def sizes(self, width: np.ndarray, height: np.ndarray) -> np.ndarray:
+        """Height and width of every view of n images: [n, K, 2] int64."""
+        cut = self.cut(width, height)
+        each = [resized(*cut, np.full(len(width), shorter)) for shorter in self.shorter_sides]
+        return np.stack([np.stack((new_height, new_width), 1) for new_width, new_height in each], 1)
+
+    def regions(self, width: np.ndarray, height: np.ndarray) -> np.ndarray:
+        """Regions of every view of n images: [K, n, 4] float64."""
+        cut_width, cut_height = self.cut(width, height)
+        left, top = (width - cut_width) // 2, (height - cut_height) // 2
+        region = np.stack((left, top, left + cut_width, top + cut_height), 1).astype(np.float64)
+        return np.broadcast_to(region, (len(self.shorter_sides), *region.shape))
+
+    def cut(self, width: np.ndarray, height: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Width and height [n] int64 that are seen of images of the sizes given."""
+        width, height = width.astype(np.int64), height.astype(np.int64)
+        return np.minimum(width, self.longest * height), np.minimum(height, self.longest * width)

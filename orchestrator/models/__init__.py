@@ -1,4 +1,7 @@
-"""What is trained. Ours have forward_features(images), classify(features) and forward(images) → logits."""
+"""What is trained. Ours have forward_features(images), classify(features) and forward(images) → logits.
+
+Ours have classify_windows(features, window) too, which a test on whole images needs.
+"""
 
 from collections.abc import Set as AbstractSet
 from typing import Any

@@ -1,5 +1,6 @@
 """CIFAR networks of He et al. 2015, section 4.2: 6n+2 layers, residual (option A) and plain."""
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orchestrator.models.batch_norm import BatchNorm2d
@@ -50,6 +51,14 @@ class CifarResNet(nn.Module):
     def classify(self, features: Tensor) -> Tensor:
         """features [N, 64, h, w] → logits [N, num_classes]: global average, then fc."""
         return self.fc(features.mean((2, 3)))
+
+    def classify_windows(self, features: Tensor, window: int) -> Tensor:
+        """features [N, C, h, w] → logits [N, num_classes, h − window + 1, w − window + 1] (stride 1).
+
+        The fully-convolutional form: ``classify`` of each window × window square of the features.
+        """
+        means = F.avg_pool2d(features, window, stride=1)
+        return self.fc(means.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     def forward(self, images: Tensor) -> Tensor:
         """images [N, 3, H, W] float → logits [N, num_classes]."""

@@ -183,6 +183,14 @@ class ResNet(nn.Module):
         # pool5 is a 7×7 average (224 px); the mean over all pixels is the same and takes any image size.
         return self.fc(features.mean((2, 3)))
 
+    def classify_windows(self, features: Tensor, window: int) -> Tensor:
+        """features [N, C, h, w] → logits [N, num_classes, h − window + 1, w − window + 1] (stride 1).
+
+        The fully-convolutional form: ``classify`` of each window × window square of the features.
+        """
+        means = F.avg_pool2d(features, window, stride=1)
+        return self.fc(means.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
     def forward(self, images: Tensor) -> Tensor:
         """images [N, 3, H, W] float → logits [N, num_classes]."""
         return self.classify(self.forward_features(images))

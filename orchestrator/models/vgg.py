@@ -3,6 +3,7 @@
 Parameter names are torchvision's (features.0, classifier.6), so that its weights load.
 """
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 # 3×3 convolutions in each of the five stages of 64, 128, 256, 512 and 512 channels.
@@ -64,6 +65,23 @@ class VGG(nn.Module):
                 f"{features.shape[2]}×{features.shape[3]}: build it with the image_size that you feed it."
             )
         return self.classifier(features.flatten(1))
+
+    def classify_windows(self, features: Tensor, window: int) -> Tensor:
+        """features [N, 512, h, w] → logits [N, num_classes, h − window + 1, w − window + 1] (stride 1).
+
+        The fully-convolutional form (section 3.2 of the VGG paper): the first fully-connected layer is a convolution
+        by window × window, which must be the size that it was built for; the others are convolutions by 1×1.
+        """
+        first, *others = self.classifier
+        assert isinstance(first, nn.Linear)
+        side = self.image_size // 32
+        if window != side:
+            raise ValueError(f"This VGG classifies {side}×{side} features, not windows of {window}×{window}.")
+        hidden = F.conv2d(features, first.weight.view(-1, 512, side, side), first.bias)
+        hidden = hidden.permute(0, 2, 3, 1)
+        for layer in others:
+            hidden = layer(hidden)
+        return hidden.permute(0, 3, 1, 2)
 
     def forward(self, images: Tensor) -> Tensor:
         """images [N, 3, image_size, image_size] float → logits [N, num_classes]."""
