@@ -103,7 +103,7 @@ class Terminal:
         if "images_per_s" in n:
             parts.append(f"data wait {100 * n['data_wait_share']:.0f} %")
             if n["images_per_s"] > 0:
-                parts.append(f"{_duration((self._steps - step) * self._batch_size / n['images_per_s'])} left")
+                parts.append(f"{duration((self._steps - step) * self._batch_size / n['images_per_s'])} left")
         return " · ".join(parts)
 
 
@@ -114,7 +114,8 @@ _DECISIONS = {
 }
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """In words: h:mm:ss, from two days on days and hours."""
     minutes, s = divmod(int(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours // 24} d {hours % 24} h" if hours >= 48 else f"{hours}:{m:02d}:{s:02d}"
