@@ -18,7 +18,7 @@ def info_of(num_classes: int, **changed: Any) -> ScoresInfo:
     classes = tuple(ClassInfo(i, f"n{i:08d}", num_classes - i, f"thing {i}") for i in range(num_classes))
     known: dict[str, Any] = {
         "split": "val",
-        "protocol": {"name": "ten_crop", "crop_px": 64, "average": "softmax"},
+        "protocol": {"kind": "ten_crop", "crop_px": 64, "average": "softmax"},
         "classes": classes,
         "model": {"name": "member", "recipe": "resnet18", "weights_sha256": "0" * 64},
         "data": {"url": "/data/set", "sha256": "d" * 64, "name": "set", "sources": []},
