@@ -89,6 +89,11 @@ class Ensemble:
         """By name of member."""
         return {member.name: member.weight for member in self.members}
 
+    @property
+    def figures(self) -> list[str]:
+        """Names of the PNG files in the folder."""
+        return sorted(name for name in self.files if name.endswith(".png"))
+
     def to_json(self) -> dict[str, Any]:
         """Plain data; errors in percent beside the counts."""
         errors = {

@@ -27,7 +27,8 @@ def check(files: Sequence[Scores]) -> None:
 
 def _check_alike(first: Scores, other: Scores) -> None:
     """What must be the same over the splits too: classes, protocol, data."""
-    both, a, b = f"{first.url} and {other.url}", first.info, other.info
+    both = f"{first.url} and {other.url}"
+    a, b = first.info, other.info
     if a.classes != b.classes:
         if len(a.classes) != len(b.classes):
             what = f"{len(a.classes)} and {len(b.classes)}"

@@ -92,10 +92,10 @@ def _members(of: LabelledAnalysis) -> Table:
         rows += [("greedy choice, held out", "", *_errors(g.held_out), "", "")]
         weights = ", ".join(f"{n} × {name}" for name, n in g.weights.items() if n)
         note += (
-            f" Greedy choice with replacement: {weights}; {g.seen.top1_error:.2f} / {g.seen.top5_error:.2f} % on the "
-            f"images it was made on, which flatters it. Held out: each of {len(g.fold_weights)} folds with the weights "
-            f"chosen on the others; that minus the plain average: {_difference(g.against_plain.top1)} top-1, "
-            f"{_difference(g.against_plain.top5)} top-5."
+            f" Greedy choice with replacement, by top-5 error, then top-1: {weights}; {g.seen.top1_error:.2f} / "
+            f"{g.seen.top5_error:.2f} % on the images it was made on, which flatters it. Held out: each of "
+            f"{len(g.fold_weights)} folds with the weights chosen on the others; that minus the plain average: "
+            f"{_difference(g.against_plain.top1)} top-1, {_difference(g.against_plain.top5)} top-5."
         )
     columns = ("", "weight", "top-1 error %", "top-5 error %", "average − member", "without it")
     return Table("Members and their average", columns, tuple(rows), note)
