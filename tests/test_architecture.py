@@ -42,7 +42,7 @@ DOORS = {
     "fsspec": ("orchestrator.storage",),
     "torch.distributed": ("orchestrator.world",),
     "nvidia": ("orchestrator.data.decoder",),
-    "mlflow": ("orchestrator.control.tracking", "orchestrator.control.mlflow_store"),
+    "mlflow": ("orchestrator.control.mlflow_store", "orchestrator.control.mlflow_campaign"),
     "ray": ("orchestrator.ray_session", "orchestrator.control", "cluster", "data_prep.fan_out"),
     "submitit": ("cluster.slurm",),
     "tyro": ("jobs", "data_prep"),

@@ -1,4 +1,4 @@
-"""A campaign in MLflow: a parent run, its members as children, the ensemble as one more, and the registered models.
+"""A campaign in MLflow: a parent run, its members as children, the ensemble as one more, and the registered model.
 
 ::
 
@@ -17,66 +17,36 @@ the campaign's child when it appears. It must be in the campaign's experiment.
 
 from __future__ import annotations
 
+import logging
+import tempfile
+import threading
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 
-from orchestrator.config import TrainConfig
+from orchestrator.control import campaign_note as words
+from orchestrator.control.campaign_figure import CampaignFigure, History
+from orchestrator.control.campaign_models import ensemble_digest, manifest_text, model_description, versions
+from orchestrator.control.campaign_note import CampaignNote, EnsembleNote, MemberNote
 from orchestrator.control.comparison import DataNote
-from orchestrator.control.entries import RunStatus
+from orchestrator.control.entries import RunStatus, flattened
+from orchestrator.control.mlflow_campaign import MlflowCampaign
+from orchestrator.control.mlflow_store import MlflowRun, first_line, masked, one_line
+from orchestrator.control.run_tracking import open_tracker
 from orchestrator.storage import Storage
-from orchestrator.training.finished_model import ModelRecord
+from orchestrator.training.run import run_storage
 
 __all__ = ["CampaignDelivery", "CampaignNote", "CampaignTracker", "EnsembleNote", "MemberNote"]
 
+_log = logging.getLogger(__name__)
 
-@dataclass(frozen=True, kw_only=True)
-class MemberNote:
-    """How a member stands.
-
-    ``config``: what it trains, with absolute URLs (``supervisor.resolve``); ``name`` is its name in the campaign.
-    ``recipe``: the config without what a person has changed (tag ``changes``). ``state``: a word or two for the table
-    ("waiting", "training", "finished", "failed: disk full"). ``end``: how it ended, once no process of it is at work
-    and none will be: FINISHED or FAILED; from then on what its own processes could not deliver is delivered here.
-    ``errors``: percent, by metric as the member's own run shows it (``val_ten_crop_top1_error``); top-1 errors become
-    columns of the table. ``model``: its finished model, once there is one; a version in the registry.
-    """
-
-    name: str
-    config: TrainConfig
-    recipe: TrainConfig
-    state: str
-    end: RunStatus | None = None
-    errors: Mapping[str, float] = field(default_factory=dict)
-    model: ModelRecord | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class EnsembleNote:
-    """An ensemble that was built. ``manifest`` is its identity: another one is another ensemble, and the new champion.
-
-    ``url``: of the file in storage that holds ``manifest``: plain JSON without times, with what makes the ensemble
-    (URLs and digests of score files and finished models, weights, protocol, errors). ``weights``: by name of member.
-    ``errors``: percent, by metric, as ``MemberNote.errors``. ``figures``: URLs of PNG files in storage, to be shown.
-    """
-
-    url: str
-    manifest: Mapping[str, Any]
-    weights: Mapping[str, float]
-    errors: Mapping[str, float]
-    figures: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class CampaignNote:
-    """How a campaign stands: its members in the order of the recipe, and what came of them.
-
-    ``submission``: URL of the file for the competition, once it was written.
-    """
-
-    members: tuple[MemberNote, ...]
-    ensemble: EnsembleNote | None = None
-    submission: str = ""
+_LINGER_S = 0.5
+_MIN_INTERVAL_S = 10.0  # between two looks at MLflow, whatever is told meanwhile
+_MAX_INTERVAL_S = 30.0  # what is lost, or appears late (a member's run), is seen after this
+_MAX_BACKOFF_S = 60.0
+_MEMBER_PATIENCE_S = 30.0
+_DIGEST_TAG = "ensemble"
 
 
 @dataclass(frozen=True)
@@ -89,6 +59,10 @@ class CampaignDelivery:
     error: str | None
     run_id: str | None
     where: str
+
+
+class _IncompleteError(Exception):
+    """MLflow has taken most of it; the text says what it lacks."""
 
 
 class CampaignTracker:
@@ -113,15 +87,287 @@ class CampaignTracker:
         command: str,
         data: DataNote | None = None,
     ) -> None:
-        raise NotImplementedError
+        self._name, self._folder, self._command = name, folder, command
+        self._uri, self._experiment = uri, experiment
+        self._closing = threading.Event()  # nothing more is told: show it and end
+        self._abandoned = threading.Event()  # end now
+
+        # Shared between threads, under `_lock`.
+        self._lock = threading.Lock()
+        self._note: CampaignNote | None = None
+        self._told_ms = 0
+        self._ensemble_ms = 0  # when the ensemble was told first
+        self._status, self._reason = RunStatus.RUNNING, ""
+        self._error: str | None = "not delivered yet"
+
+        self._figure = CampaignFigure(name, folder)
+
+        # The thread's own.
+        about = "\n\n".join(
+            text
+            for text in (
+                "| Member |\n| --- |",
+                masked(description),
+                f"- The campaign's folder: `{masked(folder.url)}`\n"
+                f"- After an interruption the same command goes on: `{masked(command)}`\n"
+                "- The error curves of all members as a figure: Artifacts, `errors.png`",
+            )
+            if text
+        )
+        self._parent = MlflowRun(
+            uri=uri,
+            experiment=experiment,
+            name=name,
+            run_key=folder.url,
+            params=dict(flattened(params)),
+            tags={"kind": "campaign"},
+            description=about,
+            data=data,
+        )
+        self._store = MlflowCampaign(self._parent)
+        self._held: dict[str, set[int]] = {}
+        self._ended_ms: int | None = None  # by an earlier start, which has shown the same
+        self._num_uploaded_figures = 0
+        self._problems: list[str] = []
+
+        self._thread = threading.Thread(target=self._work, name=f"tracking-{name}", daemon=True)
+        self._thread.start()
+
+    # -- any thread ---------------------------------------------------------------------------------------------
 
     def tell(self, note: CampaignNote) -> None:
         """How the campaign stands now. Returns at once; an equal state costs nothing."""
-        raise NotImplementedError
+        with self._lock:
+            if note == self._note:
+                return
+            self._told_ms = time.time_ns() // 1_000_000
+            before = self._note.ensemble if self._note else None
+            if note.ensemble and (before is None or before.manifest != note.ensemble.manifest):
+                self._ensemble_ms = self._told_ms
+            self._note = note
 
     def close(self, timeout_s: float, status: RunStatus, reason: str = "") -> CampaignDelivery:
         """Draw the last figure, deliver the last state and set the run's status, all within about ``timeout_s``.
 
         ``status`` RUNNING: another driver goes on with the campaign. ``reason``: why it failed.
         """
-        raise NotImplementedError
+        deadline_s = time.monotonic() + timeout_s
+        with self._lock:
+            if not self._closing.is_set():
+                self._status, self._reason = status, reason
+        # Not by the tracking thread: there is a last figure even when that sits in a call that does not return.
+        if (note := self._note) is not None:
+            drawing = threading.Thread(target=lambda: self._figure.draw(note, is_last=True), daemon=True)
+            drawing.start()
+            drawing.join(timeout_s / 2)
+        self._closing.set()
+        self._thread.join(max(0.0, deadline_s - time.monotonic()))
+        self._abandoned.set()
+        with self._lock:
+            error = self._error
+            if error is None and self._thread.is_alive():
+                error = f"not everything was delivered within {timeout_s:g} s"
+        if error is not None:
+            _log.warning(
+                "tracking of campaign %s: MLflow does not show all of it (%s): the same command delivers it",
+                self._name,
+                error,
+            )
+        return CampaignDelivery(error, self._parent.run_id, self._parent.where())
+
+    # -- the thread ---------------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        num_failures = 0
+        shown: CampaignNote | None = None
+        not_before_s = not_after_s = 0.0
+        while not self._abandoned.is_set():
+            self._closing.wait(_LINGER_S)
+            is_last = self._closing.is_set()
+            with self._lock:
+                note, told_ms = self._note, self._told_ms
+            now_s = time.monotonic()
+            is_due = now_s >= not_before_s and (note != shown or now_s >= not_after_s)
+            if note is None:
+                if is_last:
+                    with self._lock:
+                        self._error = None
+                    return
+                continue
+            if not (is_due or is_last):
+                continue
+            self._figure.draw(note)
+            self._problems = []
+            try:
+                self._show(note, told_ms, is_last)
+                if self._problems:
+                    raise _IncompleteError("; ".join(self._problems))
+                if num_failures:
+                    _log.info("tracking of campaign %s: MLflow shows it again", self._name)
+                num_failures, shown = 0, note
+                with self._lock:
+                    self._error = None
+                if is_last:
+                    return
+                pause_s = _MIN_INTERVAL_S
+            except Exception as error:  # promise: tracking never hurts a campaign
+                num_failures += 1
+                text = str(error) if isinstance(error, _IncompleteError) else one_line(error)
+                with self._lock:
+                    self._error = text
+                if num_failures & (num_failures - 1) == 0:
+                    _log.warning(
+                        "tracking of campaign %s: MLflow at %s does not take all of it (%s); the campaign goes on",
+                        self._name,
+                        masked(self._uri),
+                        text,
+                    )
+                pause_s = _LINGER_S if is_last else min(_MAX_BACKOFF_S, 2.0 ** min(num_failures - 1, 10))
+                if is_last:
+                    self._abandoned.wait(pause_s)
+            not_before_s = time.monotonic() + pause_s
+            not_after_s = not_before_s + (0.0 if num_failures else _MAX_INTERVAL_S)
+
+    def _show(self, note: CampaignNote, told_ms: int, is_last: bool) -> None:
+        """Bring MLflow to ``note``. Raises whatever MLflow raises; what one part alone lacks is added to the problems.
+
+        Runs before words, words before the registry: whoever may not register models still sees the runs.
+        """
+        histories = {member.name: self._figure.history(member) for member in note.members}
+        known_id = self._parent.run_id
+        if known_id is None:
+            self._ended_ms = self._store.ended_ms() or self._ended_ms
+        begun_ms = min((one.first_ms for one in histories.values() if one.first_ms), default=told_ms)
+        self._held = self._store.connect(begun_ms)
+        if self._parent.run_id != known_id:
+            self._num_uploaded_figures = 0
+        run_ids: dict[str, str] = {}
+        for member in note.members:
+            if self._abandoned.is_set():
+                raise _IncompleteError("closed before all of it was there")
+            run_id = self._show_member(member)
+            if run_id is not None:
+                run_ids[member.name] = run_id
+        links = {name: self._store.link(run_id) for name, run_id in run_ids.items()}
+        self._log_numbers(note, histories, told_ms)
+        ensemble_id = self._show_ensemble(note, links) if note.ensemble else None
+        if ensemble_id is not None:
+            links[""] = self._store.link(ensemble_id)
+        with self._lock:
+            status, reason = self._status, self._reason
+        assert self._parent.run_id is not None
+        result = words.result(note, status if is_last else RunStatus.RUNNING)
+        self._store.tell(self._parent.run_id, result, words.members_table(note, links))
+        try:
+            about = model_description(self._store.link(self._parent.run_id, self._name), self._folder.url)
+            self._store.register(versions(note, run_ids, ensemble_id, links), about)
+        except Exception as error:
+            self._problems.append(f"registered models: {one_line(error)}")
+        try:
+            if (num_drawn := self._figure.num_drawn) != self._num_uploaded_figures:
+                self._parent.upload(self._figure.path)
+                self._num_uploaded_figures = num_drawn
+        except Exception as error:
+            self._problems.append(f"figure: {one_line(error)}")
+        if is_last and not self._problems:
+            self._parent.finish(status.value, self._ended_ms, first_line(reason))
+
+    # -- members ------------------------------------------------------------------------------------------------
+
+    def _show_member(self, member: MemberNote) -> str | None:
+        """The identity of the member's run, which is now a child; None where there is none yet."""
+        run = self._store.run(words.run_key(member))
+        if member.end is not None and (run is None or run.info.status != member.end.value):
+            try:
+                self._deliver(member)
+            except Exception as error:
+                self._problems.append(f"member {member.name}: {one_line(error)}")
+            run = self._store.run(words.run_key(member))
+        if run is None:
+            return None
+        self._store.adopt(run)
+        return str(run.info.run_id)
+
+    def _deliver(self, member: MemberNote) -> None:
+        """What the member's own processes could not deliver, or MLflow has lost."""
+        run = run_storage(member.config)
+        if not run.exists("config.json"):  # it has never begun
+            return
+        tracker = open_tracker(
+            member.config, member.recipe, uri=self._uri, run=run, command=self._command, system_metrics=False
+        )
+        assert member.end is not None
+        delivery = tracker.close(_MEMBER_PATIENCE_S, member.end, member.state)
+        if delivery.error is not None:
+            self._problems.append(f"member {member.name}: {delivery.error}")
+
+    def _log_numbers(self, note: CampaignNote, histories: Mapping[str, History], told_ms: int) -> None:
+        """Members done over time, the best of them by then, and the ensemble's errors."""
+        done = [member for member in note.members if member.end is RunStatus.FINISHED]
+        when_ms = {member.name: histories[member.name].last_ms or told_ms for member in done}
+        done.sort(key=lambda member: when_ms[member.name])
+        metrics: list[tuple[str, float, int, int]] = []
+        for number, member in enumerate(done, start=1):
+            values = {"members_done": float(number)}
+            for test in words.tests_of(note):
+                if best := words.best_member(done[:number], test):
+                    values |= words.shown({f"best_member_{test}": best.errors[test]})
+            metrics += [
+                (key, value, when_ms[member.name], number)
+                for key, value in values.items()
+                if number not in self._held.get(key, ())
+            ]
+        if note.ensemble:
+            latest, errors = self._store.latest(), words.shown(note.ensemble.errors)
+            for key, value in ((f"ensemble_{test}", errors[test]) for test in words.tests_of(note) if test in errors):
+                if latest.get(key) != value:
+                    metrics.append((key, value, self._ensemble_ms, len(done)))
+        if metrics:
+            self._ended_ms = None  # this start adds something
+            self._parent.log(metrics, {})
+
+    # -- the ensemble -------------------------------------------------------------------------------------------
+
+    def _show_ensemble(self, note: CampaignNote, links: Mapping[str, str]) -> str:
+        """The identity of the ensemble's run, which shows this ensemble."""
+        assert note.ensemble
+        run_key, identity = f"{self._folder.url}#ensemble", ensemble_digest(note.ensemble)
+        table = words.ensemble_table(note, links)
+        found = self._store.run(run_key)
+        if found is None or found.info.status != "FINISHED" or found.data.tags.get(_DIGEST_TAG) != identity:
+            run = MlflowRun(
+                uri=self._uri,
+                experiment=self._experiment,
+                name=f"{self._name} ensemble",
+                run_key=run_key,
+                params={},
+                tags=self._store.child_tags()
+                | {"kind": "ensemble", "members": ", ".join(note.ensemble.weights)[:500], "network": "ensemble"},
+                description=f"| Member |\n| --- |\n\n- Manifest: Artifacts, `ensemble.json`, and"
+                f" `{masked(note.ensemble.url)}`\n- Campaign: {self._store.link(str(self._parent.run_id), self._name)}",
+                data=self._parent.data,
+            )
+            run.connect(self._ensemble_ms)
+            assert run.run_id is not None
+            latest = found.data.metrics if found else {}
+            errors = {k: v for k, v in words.shown(note.ensemble.errors).items() if latest.get(k) != v}
+            step = sum(member.end is RunStatus.FINISHED for member in note.members)
+            run.log([(key, value, self._ensemble_ms, step) for key, value in errors.items()], {})
+            self._store.put_text(run.run_id, "ensemble.json", manifest_text(note.ensemble))
+            self._upload_figures(run, note.ensemble)
+            run.log([], {_DIGEST_TAG: identity})  # last: all of it is there
+            run.finish("FINISHED", self._ensemble_ms)
+            run_id = run.run_id
+        else:
+            self._store.adopt(found)
+            run_id = str(found.info.run_id)
+        self._store.tell(run_id, words.ensemble_result(note), table)
+        return run_id
+
+    def _upload_figures(self, run: MlflowRun, ensemble: EnsembleNote) -> None:
+        with tempfile.TemporaryDirectory(prefix="figures-") as temporary:
+            for url in ensemble.figures:
+                folder, _, name = url.rpartition("/")
+                path = Path(temporary) / PurePosixPath(name).name
+                path.write_bytes(Storage(folder).read(name))
+                run.upload(path)

@@ -19,6 +19,8 @@ _VIEW = "side-by-side"
 _VIEW_TAG = f"mlflow.sharedViewState.{_VIEW}"
 _DIGEST_LENGTH = 16  # MLflow takes 36 characters
 _RESULT = re.compile(r"^\*\*Result\b.*$", re.MULTILINE)
+TABLE_BEGINS = "| Member |"
+_TABLE = re.compile(rf"^{re.escape(TABLE_BEGINS)}.*$(?:\n\|.*$)*", re.MULTILINE)
 
 # -- an experiment ----------------------------------------------------------------------------------------------
 
@@ -144,3 +146,8 @@ def run_note(description: str, experiment_id: str, result: str) -> str:
 def with_result(note: str, result: str) -> str:
     """``note`` with ``result`` for its line of results. A note without one is a person's own, and stays as it is."""
     return _RESULT.sub(lambda match: result, note, count=1)
+
+
+def with_table(note: str, table: str) -> str:
+    """``note`` with ``table`` for its table of members. A note without one is a person's own, and stays as it is."""
+    return _TABLE.sub(lambda match: table, note, count=1)

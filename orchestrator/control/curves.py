@@ -21,16 +21,18 @@ _MAX_DRAWN_POINTS = 500
 _MARKERS = "osD^v<>pX*"
 _VALIDATION_WIDTH_PT = 2.2
 _TRAINING_WIDTH_PT = 0.9
+_DASHED = (0, (4, 2))
 
 
 class EventKind(StrEnum):
-    """The kinds of events that are tracked and drawn: a journal's, and the start of a group of workers."""
+    """The kinds of events that are tracked and drawn: a journal's, the start of a group of workers, a test's result."""
 
     START = "start"
     TRAIN = "train"
     VALIDATION = "validation"
     DECISION = "decision"
     CHECKPOINT = "checkpoint"
+    SCORES = "scores"
 
 
 def read_journal(lines: Iterable[str]) -> list[dict[str, Any]]:
@@ -117,7 +119,8 @@ def draw_curves(curve_by_run: Mapping[str, Curve], path: Path, *, title: str) ->
 
     Thin dashed lines are training errors (averaged over neighbouring iterations where there are more than 500 points),
     bold solid lines validation errors, thin vertical lines the policy's changes of the learning rate with its new
-    value. Runs differ in marker and lightness as well as in colour, so the figure reads in black and white.
+    value. Runs differ in marker and lightness as well as in colour, so the figure reads in black and white; the legend
+    names each once, beside the figure where there are more than two.
     Raises ValueError if no run has an error to draw, OSError if ``path`` cannot be written.
     """
     curves = {name: curve for name, curve in curve_by_run.items() if not curve.is_empty()}
@@ -128,21 +131,23 @@ def draw_curves(curve_by_run: Mapping[str, Curve], path: Path, *, title: str) ->
     # global state that threads would share.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
 
-    many = len(curves) > 6
-    figure = Figure(figsize=(7.6 if many else 6.4, 4.6), dpi=130, layout="constrained")
+    is_one, many = len(curves) == 1, len(curves) > 2
+    figure = Figure(figsize=(8.0 if many else 6.4, 4.6), dpi=130, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
 
     last_step = max(max([*curve.training, *curve.validation]) for curve in curves.values())
     unit = 10_000 if last_step >= 20_000 else 1
-    handles, labels = [], []
+    width_pt = 1.7 if many else _VALIDATION_WIDTH_PT
+    handles: list[Any] = []
+    labels: list[str] = []
     for index, (name, curve) in enumerate(curves.items()):
-        color = _color(index, len(curves))
-        prefix = "" if len(curves) == 1 else f"{name}: "
-        # A legend passes over labels that begin with an underscore.
-        prefix = f" {prefix}" if prefix.startswith("_") else prefix
+        color, marker = _color(index, len(curves)), None if is_one else _MARKERS[index % len(_MARKERS)]
+        # Markers of neighbouring runs do not fall on the same iterations.
+        first = index % 10 / (10 * 9)
         if curve.training:
             centres, means = _thinned(curve.training)
             (line,) = axes.plot(
@@ -150,11 +155,15 @@ def draw_curves(curve_by_run: Mapping[str, Curve], path: Path, *, title: str) ->
                 means,
                 color=color,
                 linewidth=_TRAINING_WIDTH_PT,
-                linestyle=(0, (4, 2)),
+                linestyle=_DASHED,
+                marker=marker,
+                markersize=3,
+                markevery=(first, 1 / 9) if len(means) > 9 else None,
                 zorder=2,
             )
-            handles.append(line)
-            labels.append(f"{prefix}training")
+            if is_one:
+                handles.append(line)
+                labels.append("training")
         if curve.validation:
             steps = sorted(curve.validation)
             errors = [curve.validation[step] for step in steps]
@@ -162,17 +171,23 @@ def draw_curves(curve_by_run: Mapping[str, Curve], path: Path, *, title: str) ->
                 [step / unit for step in steps],
                 errors,
                 color=color,
-                linewidth=_VALIDATION_WIDTH_PT,
+                linewidth=width_pt,
                 solid_joinstyle="round",
                 zorder=3,
-                marker=_MARKERS[index % len(_MARKERS)] if len(curves) > 1 or len(steps) == 1 else None,
+                marker=marker or ("o" if len(steps) == 1 else None),
                 markerfacecolor="white",
                 markersize=5,
-                # Markers of neighbouring runs do not fall on the same iterations.
-                markevery=(index % 10 / (10 * 9), 1 / 9) if len(steps) > 9 else None,
+                markevery=(first, 1 / 9) if len(steps) > 9 else None,
             )
+        best = f" (best {min(curve.validation.values()):.2f} %)" if curve.validation else ""
+        if not is_one or curve.validation:
             handles.append(line)
-            labels.append(f"{prefix}validation (best {min(errors):.2f} %)")
+            # A legend passes over labels that begin with an underscore.
+            labels.append(f"validation{best}" if is_one else f"{' ' if name.startswith('_') else ''}{name}{best}")
+    if not is_one:
+        handles.append(Line2D([], [], color="0.3", linewidth=width_pt))
+        handles.append(Line2D([], [], color="0.3", linewidth=_TRAINING_WIDTH_PT, linestyle=_DASHED))
+        labels += ["validation", "training"]
 
     axes.set_xlim(0, max(last_step, 1) / unit * 1.01)
     if unit == 1:
@@ -188,7 +203,9 @@ def draw_curves(curve_by_run: Mapping[str, Curve], path: Path, *, title: str) ->
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     if many:
-        legend = figure.legend(handles, labels, loc="outside right upper", fontsize=6.5, frameon=False)
+        legend = figure.legend(
+            handles, labels, loc="outside right upper", fontsize=7 if len(curves) <= 24 else 5, frameon=False
+        )
     else:
         legend = axes.legend(handles, labels, loc="best", fontsize=8, framealpha=0.9, edgecolor="0.8")
     for text in legend.get_texts():

@@ -29,7 +29,7 @@ class RunStatus(StrEnum):
     KILLED = "KILLED"
 
 
-_UNTIL = {
+UNTIL = {
     RunStatus.RUNNING: " so far",
     RunStatus.FINISHED: "",
     RunStatus.FAILED: " until it failed",
@@ -100,7 +100,7 @@ class Account:
     def result(self, status: RunStatus) -> str:
         """The line of results in a run's description; it begins as ``comparison.with_result`` looks for it."""
         text = f"best validation top-1 error {self._best}; the last {self._last}" if self._best else "no validation"
-        return f"**Result{_UNTIL[status]}:** {text}"
+        return f"**Result{UNTIL[status]}:** {text}"
 
 
 def flattened(params: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:

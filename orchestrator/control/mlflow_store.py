@@ -168,7 +168,7 @@ class MlflowRun:
 
     def connect(self, start_time_ms: int | None) -> dict[str, set[int]]:
         """Find the run or create it as of ``start_time_ms`` (default: now); return the steps it holds, by metric."""
-        self._client, self._experiment_id = _open(self.uri, self.experiment)
+        self._client, self._experiment_id = open_store(self.uri, self.experiment)
         run = self._found_run() or self._created_run(start_time_ms)
         if run.info.run_id != self.run_id:
             self._describe(run)
@@ -248,10 +248,7 @@ class MlflowRun:
 
     def _found_run(self) -> Any:
         """The run of this run key, or None. Empty twins, left by a creation whose answer was lost, are deleted."""
-        # MLflow's filter language cannot escape a quote: `_` matches any one character, and equality is checked here.
-        pattern = re.sub(r"[^A-Za-z0-9./:@+=, -]", "_", self.run_key)
-        similar = self._client.search_runs([self._experiment_id], filter_string=f"tags.run_key LIKE '{pattern}'")
-        found = [run for run in similar if run.data.tags.get("run_key") == self.run_key]
+        found = runs_of(self._client, self._experiment_id, self.run_key)
         found.sort(key=lambda run: (run.info.run_id != self.run_id, -len(run.data.metrics), run.info.start_time))
         for twin in found[1:]:
             if not twin.data.metrics:
@@ -312,7 +309,21 @@ class MlflowRun:
             _log.info("tracking of %s: no description or data set in MLflow (%s)", self.name, one_line(error))
 
 
-def _open(uri: str, experiment: str) -> tuple[Any, str]:
+def runs_of(client: Any, experiment_id: str, run_key: str) -> list[Any]:
+    """The experiment's runs whose tag ``run_key`` is ``run_key``: one, or none; more where a creation came twice."""
+    similar = client.search_runs([experiment_id], filter_string=f"tags.run_key LIKE '{like(run_key)}'")
+    return [run for run in similar if run.data.tags.get("run_key") == run_key]
+
+
+def like(text: str) -> str:
+    """A pattern for ``text``, and for a little more: equality is the caller's to check.
+
+    MLflow's filter language cannot escape a quote; ``_`` matches any one character.
+    """
+    return re.sub(r"[^A-Za-z0-9./:@+=, -]", "_", text)
+
+
+def open_store(uri: str, experiment: str) -> tuple[Any, str]:
     """A client of the store at ``uri`` and the experiment's identity; both are created if they are missing."""
     if not uri:
         raise ValueError("no tracking URI")  # MLflow would make a database in the working directory

@@ -21,10 +21,12 @@ from orchestrator.training.run import data_digest
 FIGURE = "figures/errors.png"
 
 
-def open_tracker(config: TrainConfig, recipe: TrainConfig, *, uri: str, run: Storage, command: str) -> Tracker:
+def open_tracker(
+    config: TrainConfig, recipe: TrainConfig, *, uri: str, run: Storage, command: str, system_metrics: bool = True
+) -> Tracker:
     """MLflow's side of the run in ``run``; ``command`` goes on with it after an interruption.
 
-    ``recipe``: the config without what a person has changed. Raises OSError and ValueError for a folder that cannot be
+    ``recipe``: the config without what a person has changed. ``system_metrics``: of this node. Raises OSError and ValueError for a folder that cannot be
     read or has no run.
     """
     data = data_note(config.data, data_digest(run))
@@ -55,6 +57,7 @@ def open_tracker(config: TrainConfig, recipe: TrainConfig, *, uri: str, run: Sto
         ),
         data=data,
         figure_dir=figure_path(run).parent,
+        system_metrics=system_metrics,
     )
     tracker.replay(newest_journal(run))
     best = Checkpoints(run, attempt=0, keep_last=1, notice=lambda text: None).best()

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from orchestrator.control import curves
 from orchestrator.control.curves import Curve, draw_errors, read_journal
 
 
@@ -73,7 +74,7 @@ def test_several_runs_share_one_figure(tmp_path: Path) -> None:
     first = grey(path)
     assert first.shape[0] > 400
     assert first.min() < 40
-    draw_errors({f"member-{i}": journal(offset=i) for i in range(9)}, path, title="nine")
+    draw_errors({f"member-{i}": journal(offset=i) for i in range(6)}, path, title="six")
     assert grey(path).shape[1] > first.shape[1]  # the legend stands beside
     assert [p.name for p in path.parent.iterdir()] == ["errors.png"]
 
@@ -88,6 +89,16 @@ def test_training_and_validation_differ_without_colour(tmp_path: Path) -> None:
         left, right = image.shape[1] // 4, image.shape[1] // 2
         dark[kind] = int((image[40:-75, left:right] < 100).sum())
     assert dark["validation"] > 1.8 * dark["train"] > 0
+
+
+@pytest.mark.parametrize("kind", ["train", "validation"])
+def test_runs_differ_in_their_markers(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [tmp_path / name for name in ("different.png", "same.png")]
+    for path in paths:
+        runs = {f"r{i}": [e for e in journal(offset=5 * i) if e["kind"] == kind] for i in range(2)}
+        draw_errors(runs, path, title="two")
+        monkeypatch.setattr(curves, "_MARKERS", "o" * 10)
+    assert int((grey(paths[0]) != grey(paths[1])).sum()) > 40
 
 
 @pytest.mark.parametrize("error", [0, 37.5, 100])
