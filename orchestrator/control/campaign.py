@@ -13,6 +13,7 @@ from enum import Enum
 from typing import Any
 
 from orchestrator.control.campaign_plan import Campaign, Packing, Plan, pack, pack_fewer
+from orchestrator.control.guard import Ending, Refusal
 from orchestrator.control.placement import slots_of
 from orchestrator.ray_session import Cluster
 
@@ -162,10 +163,9 @@ class End:
 
 @dataclass(frozen=True)
 class Stop:
-    """Too few members are left: the campaign ends without a submission. of_user: for what the user must mend."""
+    """Too few members are left: the campaign ends without a submission."""
 
-    why: str
-    of_user: bool
+    refusal: Refusal
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ def decide(plan: Plan, journal: Sequence[Entry], facts: Facts, cluster: Cluster 
     if len(usable) < campaign.least:
         if facts.alive:
             return actions + [End(name) for name in sorted(facts.alive)] + [Wait("processes to end")]
-        return [*actions, Stop(_reason_to_stop(campaign, facts, lost), bool(account.fatal.keys() & lost.keys()))]
+        return [*actions, Stop(_refusal(campaign, facts, account, lost))]
     missing = [n for n in plan.by_weight() if n in usable and n not in facts.done]
     if not missing and not facts.alive:
         return actions + _publish(campaign, tuple(usable), facts)
@@ -233,15 +233,17 @@ def _reason_to_give_up(campaign: Campaign, account: Account, name: str) -> str:
     return ""
 
 
-def _reason_to_stop(campaign: Campaign, facts: Facts, lost: Mapping[str, str]) -> str:
+def _refusal(campaign: Campaign, facts: Facts, account: Account, lost: Mapping[str, str]) -> Refusal:
+    """Why the campaign stops, what is kept, and what to do."""
     failed = [f"{name}: {why}" for name, why in lost.items() if name not in facts.done]
     left = len(campaign.members) - len(failed)
-    return (
+    text = (
         f"campaign {campaign.config.name!r} stopped: {campaign.least} members are needed and {left} can be had; failed "
         f"for good: {'; '.join(failed)}. All checkpoints and scores are kept ({len(facts.done)} members are done). "
         "When the cause is mended the same command tries them again"
         + (f"; --least-members {left} goes on without them" if left else "")
     )
+    return Refusal(Ending.USER if account.fatal.keys() & lost.keys() else Ending.FAILED, text)
 
 
 def _publish(campaign: Campaign, members: tuple[str, ...], facts: Facts) -> list[Action]:

@@ -30,6 +30,7 @@ from orchestrator.control.campaign import (
     decide,
 )
 from orchestrator.control.campaign_plan import Campaign, CampaignConfig, Member, Packing, Plan, pack
+from orchestrator.control.guard import Ending
 from orchestrator.ray_session import Cluster, Node
 
 EVALUATION = EvaluationConfig(protocols=(Protocol.TEN_CROP, Protocol.MULTI_SCALE), splits=("val", "test"))
@@ -178,11 +179,11 @@ def test_a_member_that_the_user_must_mend_stops_a_campaign_that_needs_all() -> N
     given_up, stop = decide(plan, journal, Facts(done=frozenset("c")), TWO_CPUS)
     assert given_up == GiveUp("a", "error: a failed")
     assert isinstance(stop, Stop)
-    assert stop.of_user
-    assert "3 members are needed and 2 can be had" in stop.why
-    assert "a: error: a failed" in stop.why
-    assert "(1 members are done)" in stop.why
-    assert "--least-members 2 goes on" in stop.why
+    assert stop.refusal.ending is Ending.USER
+    assert "3 members are needed and 2 can be had" in stop.refusal.text
+    assert "a: error: a failed" in stop.refusal.text
+    assert "(1 members are done)" in stop.refusal.text
+    assert "--least-members 2 goes on" in stop.refusal.text
 
 
 def test_a_campaign_goes_on_with_k_of_n() -> None:
@@ -377,8 +378,8 @@ def _act(world: World, actions: Sequence[object], at_once: int) -> bool:
                     world.end_one()
                 else:  # a machine comes at last
                     world.num_slots = 2
-            case Stop(why, _):
-                world.write(Kind.STOPPED, why=why)
+            case Stop(refusal):
+                world.write(Kind.STOPPED, why=refusal.text)
                 return True
             case Done():
                 return True

@@ -43,9 +43,9 @@ PRINTED = ("error: ", "warning: ", "note: ", "interrupted: ", "damaged: ")
 
 # Raised, but nobody meets them: by file and beginning, with the reason.
 NOT_MET = {
-    "orchestrator/config.py: …: an object is expected, not …": "from_json reads what the driver has written",
-    "orchestrator/config.py: …: unknown fields …": "from_json, as above",
-    "orchestrator/config.py: …: … is no …": "from_json, as above",
+    "orchestrator/plain.py: …: an object is expected, not …": "from_json reads what the driver has written",
+    "orchestrator/plain.py: …: unknown fields …": "from_json, as above",
+    "orchestrator/plain.py: …: … is no …": "from_json, as above",
     "orchestrator/control/curves.py: journal line …": "no command reads a journal from a file yet",
     "orchestrator/control/curves.py: nothing to draw": "the tracker draws only what is there",
     "orchestrator/control/entries.py: step …, time_ms …": "told as 'malformed events left out (…)'",
@@ -59,6 +59,8 @@ NOT_MET = {
     # Raised again: the text was made where it was first raised, and is found there.
     "data_prep/fan_out.py: ValueError …": "the message of a task",
     "orchestrator/config.py: ValueError …": "what _check has gathered",
+    "orchestrator/control/campaign_driver.py: member …: …": "the message of a check, with the member's name",
+    "orchestrator/control/campaign_plan.py: ValueError …": "what __post_init__ has gathered",
     "orchestrator/control/facts.py: ValueError …": "why the cluster cannot be reached",
     "orchestrator/remote.py: StoreRefusedError …": "an advice of the tables",
 }

@@ -1,0 +1,333 @@
+"""``python jobs/campaign.py``: three members to one submission, killed on the way; a member that fails for good."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from jobs import campaign as job
+from orchestrator.config import TrainConfig
+from orchestrator.control import campaign_driver, campaign_products, campaign_status, supervisor
+from orchestrator.control.campaign import Entry, Kind
+from orchestrator.control.campaign_driver import Opened
+from orchestrator.control.campaign_journal import Journal
+from orchestrator.control.campaign_status import State
+from orchestrator.storage import Storage
+from tests.jobs.conftest import Run
+from tests.training.group import CONTEXT, EVERY_FAULT, fault_seeds
+
+ROOT = Path(__file__).parents[2]
+MEMBERS = ("r18-a", "r18-b", "r34")
+KILLS = 10 if EVERY_FAULT else 2
+
+
+def words(data: Path, storage: Path, name: str, *more: str) -> list[str]:
+    """The demo's three members as networks of a few thousand weights, 6 steps each."""
+    changes = {
+        "model.factory": "tests.training.networks:tiny",
+        "batch.global_batch_size": "24",
+        "batch.bn_group_size": "8",
+        "schedule.max_steps": "6",
+        "schedule.lr": "0.01",
+        "rhythm.log_every_steps": "1",
+        "rhythm.checkpoint_every_steps": "2",
+        "rhythm.validation_batch_size": "30",
+    }
+    return [
+        *("demo", "--data", str(data), "--storage", str(storage), "--name", name, "--workers-per-member", "1"),
+        *("--evaluation.protocols", "one_crop", "ten_crop", "--evaluation.precise-bn-images", "16"),
+        *("--placement.cpus-per-worker", "1", "--guard.lease-s", "5"),
+        # Nobody answers there: nothing waits for it.
+        *("--tracking.uri", "http://127.0.0.1:9", "--tracking.wait-s", "0"),
+        *(word for field, value in changes.items() for word in ("--change", f"{field}={value}")),
+        *more,
+    ]
+
+
+def opened(arguments: list[str]) -> Opened:
+    """The campaign of a command line, as its driver sees it."""
+    return campaign_driver.check(campaign_driver.resolve(job.parse(arguments).campaign))
+
+
+class Driven:
+    """The command, as a process that is watched and killed."""
+
+    def __init__(self, arguments: list[str], log: Path) -> None:
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k != "RANK"}
+        environment |= {"PYTHONPATH": str(ROOT), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+        self.log = log
+        with log.open("ab") as stream:
+            self.process = subprocess.Popen(
+                [sys.executable, "jobs/campaign.py", *arguments],
+                cwd=ROOT,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=stream,
+                start_new_session=True,
+            )
+
+    def end_when(self, reached: Callable[[], bool], number: signal.Signals, timeout_s: float = 240) -> int:
+        """Send signal ``number`` once ``reached`` holds; the exit code."""
+        until_s = time.monotonic() + timeout_s
+        while not reached():
+            assert self.process.poll() is None, f"it ended too soon:\n{self.text()}"
+            assert time.monotonic() < until_s, self.text()
+            time.sleep(0.01)
+        tree = psutil.Process(self.process.pid).children(recursive=True)
+        self.process.send_signal(number)
+        code = self.process.wait(timeout_s)
+        if number is signal.SIGKILL:
+            # Ray's own end with their driver a little later; members must by themselves.
+            for each in tree:
+                if "member.py" not in " ".join(_command_of(each)):
+                    _kill(each)
+        return code
+
+    def wait(self, timeout_s: float = 300) -> int:
+        return self.process.wait(timeout_s)
+
+    def text(self) -> str:
+        return self.log.read_text()
+
+
+def _command_of(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def _kill(process: psutil.Process) -> None:
+    with suppress(psutil.Error):
+        process.kill()
+
+
+def alive_members(folder: Path) -> list[int]:
+    """Processes of members that the journal knows and that live."""
+    pids = [e.detail["process"]["pid"] for e in Journal(Storage(str(folder))).entries if e.kind is Kind.STARTED]
+    return [pid for pid in pids if psutil.pid_exists(pid) and "member.py" in " ".join(_command_of(psutil.Process(pid)))]
+
+
+# -- moments --------------------------------------------------------------------------------------------------------
+
+
+def moments(folder: Path) -> dict[str, Callable[[], bool]]:
+    """What a campaign comes to, in about this order: by name, whether it has."""
+
+    def there(pattern: str) -> Callable[[], bool]:
+        return lambda: any(folder.glob(pattern))
+
+    def told(kind: Kind, number: int = 1) -> Callable[[], bool]:
+        def has_been() -> bool:
+            texts = [path.read_text() for path in folder.glob("journal/*.json")]
+            return sum(f'"kind": "{kind.value}"' in text for text in texts) >= number
+
+        return has_been
+
+    found: dict[str, Callable[[], bool]] = {
+        "claimed": there("attempts/*.json"),
+        "opened": told(Kind.OPENED),
+        "packed": told(Kind.PACKED),
+        "a member started": told(Kind.STARTED),
+        "a member began": there("members/*/attempts/*.json"),
+        "a checkpoint": there("members/*/checkpoints/*.json"),
+        "a run ended": there("members/*/finished.json"),
+        "a model": there("members/*/model/*.json"),
+        "a score file": there("members/*/scores/*.json"),
+        "a member ended": told(Kind.ENDED),
+        "the third member began": there("members/r18-b/attempts/*.json"),
+        "its checkpoint": there("members/r18-b/checkpoints/*.json"),
+        "its scores": there("members/r18-b/scores/*.json"),
+        "all ended": told(Kind.SCORED, 3),
+        "an ensemble": there("ensemble/*/ensemble.json"),
+        "a submission": there("submission/*"),
+    }
+    return found
+
+
+# -- what a campaign comes to, undisturbed --------------------------------------------------------------------------
+
+
+def _train(config: dict[str, object]) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    supervisor.run_in_process_group(TrainConfig.from_json(config), lambda event: None)
+
+
+@pytest.fixture(scope="module")
+def clean(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the same campaign, made without Ray and driver: each member in a plain process."""
+    storage = tmp_path_factory.mktemp("clean")
+    what = opened(words(prepared, storage, "c"))
+    configs = what.plan.campaign.run_configs()
+    processes = [CONTEXT.Process(target=_train, args=(config.to_json(),)) for config in configs.values()]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(240)
+        assert process.exitcode == 0
+    publish(what)
+    return storage / "c"
+
+
+def publish(what: Opened) -> None:
+    campaign = what.plan.campaign
+    campaign_products.build_ensembles(what.folder, campaign, MEMBERS, what.data_sha256)
+    assert campaign.submitted
+    campaign_products.write_submission(what.folder, campaign.submitted, what.data)
+
+
+def submission(folder: Path) -> bytes:
+    (path,) = (folder / "submission").glob("*.txt")
+    return path.read_bytes()
+
+
+# -- tests ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("seed", fault_seeds())
+def test_killed_anywhere_a_campaign_ends_with_the_same_submission(
+    seed: int, clean: Path, prepared: Path, tmp_path: Path, typed: Run
+) -> None:
+    arguments, folder = words(prepared, tmp_path, "c"), tmp_path / "c"
+    names = list(moments(folder))
+    chosen = sorted(random.Random(seed).sample(range(len(names)), KILLS))
+    for number, index in enumerate(chosen):
+        driven = Driven(arguments, tmp_path / "log.txt")
+        # Ctrl-C's path too: the last of several is asked to end.
+        is_asked = number == len(chosen) - 1
+        code = driven.end_when(moments(folder)[names[index]], signal.SIGTERM if is_asked else signal.SIGKILL)
+        assert code == (143 if is_asked else -signal.SIGKILL), (names[index], driven.text())
+        if is_asked:
+            assert not alive_members(folder)
+    driven = Driven(arguments, tmp_path / "log.txt")
+    assert driven.wait() == 0, driven.text()
+    assert not alive_members(folder)
+
+    assert submission(folder) == submission(clean)
+    check_journal(Journal(Storage(str(folder))).entries)
+    for name in MEMBERS:
+        ours, theirs = (json.loads((f / "members" / name / "finished.json").read_text()) for f in (folder, clean))
+        assert ours["weights_sha256"] == theirs["weights_sha256"]
+
+    status = campaign_status.read(Storage(str(folder)))
+    assert [(row.name, row.state, row.step) for row in status.rows] == [(name, State.DONE, 6) for name in MEMBERS]
+    assert all({"val_one_crop_top1_error", "val_ten_crop_top5_error"} <= row.errors.keys() for row in status.rows)
+    code, page = typed("status", "--storage", str(tmp_path), "--name", "c", main=job.main)
+    assert code == 0
+    assert "3 of 3 members done; all is published" in " ".join(page.split())
+
+    # What is done is not done again: no cluster, no process.
+    before = sorted(folder.glob("members/*/*/*"))
+    again = Driven(arguments, tmp_path / "again.txt")
+    assert again.wait() == 0
+    assert "starts with" not in again.text()
+    assert sorted(folder.glob("members/*/*/*")) == before
+
+    other = Driven([*arguments, "--seed", "3"], tmp_path / "other.txt")
+    assert other.wait() == 2
+    assert re.search(r"campaign 'c' exists as another \(old → new\): members.r18-a.seed: 0 → 3000", other.text())
+
+
+def check_journal(entries: list[Entry]) -> None:
+    """No member is started while it runs, or after it is done; nobody is given up."""
+    running, done = set[str](), set[str]()
+    for entry in entries:
+        assert entry.kind not in (Kind.GAVE_UP, Kind.STOPPED)
+        if entry.kind is Kind.STARTED:
+            assert entry.member not in running | done
+            running.add(entry.member)
+        elif entry.kind is Kind.ENDED:
+            running.discard(entry.member)
+            done |= {entry.member} if entry.detail["done"] else set()
+            assert entry.detail["asked"] or entry.detail["code"] == 0, entry
+    assert not running
+    assert entries[-1].kind is Kind.DONE
+
+
+@pytest.mark.timeout(600)
+def test_a_member_that_fails_for_good(clean: Path, prepared: Path, tmp_path: Path) -> None:
+    """Two members are done already; the third cannot be trained."""
+    for name in ("r18-a", "r18-b"):
+        shutil.copytree(clean / "members" / name, tmp_path / "c" / "members" / name)
+    fails = ("--change", "r34:model.factory=tests.jobs.failing:fails_in_training")
+    arguments = words(prepared, tmp_path, "c", *fails)
+    driven = Driven(arguments, tmp_path / "log.txt")
+    assert driven.wait() == 2, driven.text()
+    said = " ".join(driven.text().split())
+    assert "campaign 'c' stopped: 3 members are needed and 2 can be had; failed for good: r34: " in said
+    assert "this network fails in its first step" in said
+    assert "(2 members are done)" in said
+    assert "--least-members 2 goes on without them" in said
+    folder = Storage(str(tmp_path / "c"))
+    status = campaign_status.read(folder)
+    assert [row.state for row in status.rows] == [State.DONE, State.DONE, State.FAILED]
+    assert "this network fails in its first step" in status.rows[2].said
+
+    driven = Driven([*arguments, "--least-members", "2"], tmp_path / "log2.txt")
+    assert driven.wait() == 0, driven.text()
+    assert "the ensemble is made without r34 (least_members 2)" in driven.text()
+    what = replace(opened(arguments), folder=folder)
+    for protocol in what.plan.campaign.config.evaluation.protocols:
+        made = campaign_products.read_ensemble(folder, protocol)
+        assert made is not None
+        assert [entry.model["name"] for entry in made.members] == ["r18-a", "r18-b"]
+    kinds = [entry.kind for entry in Journal(folder).entries]
+    assert kinds.count(Kind.STARTED) == 1
+    assert kinds.count(Kind.GAVE_UP) == 1
+    assert submission(tmp_path / "c") != submission(clean)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--change", "schedule.max_stepz=3"), "--change 'schedule.max_stepz=3' names no field of a run"),
+        (("--change", "schedule.max_steps=many"), "cannot be: config.schedule.max_steps: 'many' is no int"),
+        (("--change", "r43:schedule.max_steps=3"), "there is no member 'r43': choose one of r18-a, r18-b, r34"),
+        (("--change", "seed=3"), "--change 'seed=3': the campaign sets this for all members: give --seed itself"),
+        (("--placement.num-workers", "2"), "the workers of a campaign's members are set by workers_per_member"),
+        (("--evaluation.splits", "val", "tset"), "tset"),
+    ],
+)
+def test_wrong_input(more: tuple[str, ...], said: str, prepared: Path, tmp_path: Path, typed: Run) -> None:
+    code, text = typed(*words(prepared, tmp_path, "c", *more), main=job.main)
+    assert code == 2
+    assert said in text
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_dry_run_tells_members_and_takes_nothing(prepared: Path, tmp_path: Path, typed: Run) -> None:
+    code, text = typed(*words(prepared, tmp_path, "c", "--dry-run"), main=job.main)
+    assert code == 0, text
+    lines = {line.split()[0]: " ".join(line.split()) for line in text.splitlines() if line}
+    assert [name for name in lines if name in MEMBERS] == ["r34", "r18-a", "r18-b"]
+    assert "seed 2 6 steps" in lines["r34"]
+    assert "1 worker(s) to do" in lines["r34"]
+    assert lines["submission"] == "submission of ten_crop"
+    assert not (tmp_path / "c").exists()
+
+
+def test_no_campaign(tmp_path: Path, typed: Run) -> None:
+    code, text = typed("status", "--storage", str(tmp_path), "--name", "c", main=job.main)
+    assert code == 2
+    assert "there is no campaign in" in text
+    code, text = typed("ilsvrc2016", main=job.main)
+    assert code == 2
+    assert "did you mean ilsvrc2015?" in text
