@@ -8,39 +8,48 @@ import functools
 import inspect
 import os
 import shlex
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import tyro
 from rich.console import Console
 
-from orchestrator.config import TrainConfig
+from orchestrator.config import Tested, TrainConfig
 from orchestrator.control import supervisor
-from orchestrator.control.run_tracking import FIGURE, keep_figure, open_tracker
-from orchestrator.control.terminal import Terminal
+from orchestrator.control.run_tracking import FIGURE, journal_of, keep_figure, open_tracker
+from orchestrator.control.terminal import Terminal, name_of_test, result_of_test
 from orchestrator.control.tracking import RunStatus, default_uri
 from orchestrator.control.tracking import check as check_tracking
+from orchestrator.evaluation.results import is_tested, results_of
 from orchestrator.remote import stop_waiting
-from orchestrator.training.checkpoint import newest_journal
 from orchestrator.training.failures import NotFiniteError, PreemptedError
 from orchestrator.training.notices import Event
 from orchestrator.training.ownership import SupersededError
-from orchestrator.training.run import Outcome, run_storage
+from orchestrator.training.run import Outcome, finished, run_storage
 
 Recipe = Callable[[], TrainConfig]
 EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_TERMINATED = 128 + signal.SIGTERM
 
 
 @dataclass(frozen=True)
 class Command:
-    """What was typed: the config, the recipe as it is without options, and whether only to tell what would happen."""
+    """What was typed: the config, the recipe as it is without options, and whether only to tell what would happen.
+
+    recipe: None where whoever has trained the run has told what it is. trains: False where the run is only tested, as
+    far as it has come.
+    """
 
     config: TrainConfig
-    recipe: TrainConfig
+    recipe: TrainConfig | None
     dry_run: bool
+    trains: bool = True
 
 
 @dataclass(frozen=True)
@@ -93,7 +102,7 @@ def _description(recipes: Mapping[str, Recipe], default: str, program: str) -> s
 
 
 def run(command: Command) -> int:
-    """Train, shown in the terminal and in MLflow, or tell what that would do. Returns the exit code."""
+    """Train and test, shown in the terminal and in MLflow, or tell what that would do. Returns the exit code."""
     console = Console(stderr=False, highlight=False)
     if command.dry_run:
         return _dry_run(command, console)
@@ -101,13 +110,19 @@ def run(command: Command) -> int:
     under_torchrun = "RANK" in os.environ
     is_first = os.environ.get("RANK", "0") == "0"
     config = supervisor.resolve(config)
+    if under_torchrun:
+        work = supervisor.run_in_process_group if command.trains else supervisor.score_in_process_group
+    else:
+        work = supervisor.run_job if command.trains else supervisor.score_job
     if not is_first:
-        supervisor.run_in_process_group(config, _tell_notices)
+        work(config, _tell_notices)
         return 0
     run = run_storage(config) if config.storage and config.name else None
-    done = supervisor.outcome_of(config)
-    if done is None:
-        supervisor.check(config)
+    data_sha256 = None
+    is_done = command.trains and supervisor.outcome_of(config) is not None
+    if not is_done:
+        data_sha256 = supervisor.check(config, trains=command.trains).digest
+        is_done = not command.trains and is_tested(config, data_sha256)
     uri = default_uri(config.tracking.uri or None, Path.cwd())
     warning = check_tracking(uri)
     if warning:
@@ -116,7 +131,7 @@ def run(command: Command) -> int:
     follow = functools.partial(
         open_tracker, config, command.recipe, uri=uri, run=run, command=f"python {shlex.join(sys.argv)}"
     )
-    tracker = follow() if done is not None else None
+    tracker = follow() if is_done else None
 
     def listen(event: Event) -> None:
         nonlocal tracker
@@ -128,13 +143,14 @@ def run(command: Command) -> int:
         with contextlib.suppress(OSError, SystemExit):
             terminal.put(event)
 
-    status, outcome, reason = RunStatus.FAILED, done, ""
+    status, reason = RunStatus.FAILED, ""
     with Terminal(console, name=config.name, batch_size=config.batch.global_batch_size) as terminal:
         try:
-            if outcome is None:
-                train = supervisor.run_in_process_group if under_torchrun else supervisor.run_job
-                outcome = train(config, listen)
-            status = RunStatus.FINISHED
+            if not is_done:
+                work(config, listen)
+            is_done = True
+            # What was only tested may have been stopped before its end.
+            status = RunStatus.FINISHED if finished(run) is not None else RunStatus.KILLED
         except KeyboardInterrupt:
             stop_waiting()
             status = RunStatus.KILLED
@@ -149,11 +165,11 @@ def run(command: Command) -> int:
             reason = str(error)
             raise
         finally:
-            if tracker is not None and outcome is not None:
-                tracker.replay(newest_journal(run))  # whatever was lost between a worker and here
+            if tracker is not None and is_done:
+                tracker.replay(journal_of(run))  # whatever was lost between a worker and here
             delivery = tracker.close(config.tracking.wait_s, status, reason) if tracker else None
             keep_figure(run)
-    _summary(console, config, outcome)
+    _summary(console, config, finished(run), results_of(config, data_sha256))
     if delivery is not None:
         console.print(f"MLflow        {delivery.where}", soft_wrap=True)
         if delivery.pending:
@@ -169,8 +185,8 @@ def _dry_run(command: Command, console: Console) -> int:
     from orchestrator.control import dry_run, page
 
     uri = default_uri(command.config.tracking.uri or None, Path.cwd())
-    plan = dry_run.plan(command.config, dry_run.machines_of(command.config), uri)
-    page.show(console, plan, command.recipe)
+    plan = dry_run.plan(command.config, dry_run.machines_of(command.config), uri, trains=command.trains)
+    page.show(console, plan, command.recipe or command.config)
     return EXIT_USER_ERROR if plan.refusals else 0
 
 
@@ -184,9 +200,14 @@ _GOES_ON = "the same command goes on from the newest checkpoint"
 
 
 def exit_code(job: Callable[[], int], interrupted: str = _GOES_ON) -> int:
-    """Run ``job``; every error that a user can meet becomes one message and an exit code."""
+    """Run ``job``; every error that a user can meet becomes one message and an exit code.
+
+    SIGTERM (``ray job stop``, SLURM) ends it as Ctrl-C does, with an exit code of its own.
+    """
+    terminated = threading.Event()
     try:
-        return job()
+        with _ended_by_sigterm(terminated):
+            return job()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
@@ -196,18 +217,52 @@ def exit_code(job: Callable[[], int], interrupted: str = _GOES_ON) -> int:
     except KeyboardInterrupt:
         stop_waiting()
         print(f"interrupted: {interrupted}", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return EXIT_TERMINATED if terminated.is_set() else EXIT_INTERRUPTED
 
 
-def _summary(console: Console, config: TrainConfig, outcome: Outcome) -> None:
-    rows = {
-        "run": f"{config.name}: {outcome.steps} steps done",
-        "validation": f"{outcome.validation_top1_error:.2f} % top-1, {outcome.validation_top5_error:.2f} % top-5 error "
-        f"(best top-1 {outcome.best_validation_top1_error:.2f} %)",
-        "checkpoint": outcome.checkpoint,
-        "best": outcome.best_checkpoint,
-        "weights": f"SHA-256 {outcome.weights_sha256}",
-        "curves": f"{run_storage(config).url}/{FIGURE}",
-    }
-    for name, text in rows.items():
+@contextlib.contextmanager
+def _ended_by_sigterm(terminated: threading.Event) -> Iterator[None]:
+    """Within it, SIGTERM does what SIGINT does at that moment."""
+
+    def on_terminate(number: int, frame: FrameType | None) -> None:
+        terminated.set()
+        # Ray has its own way to end a run that is interrupted. A shell's background jobs ignore SIGINT.
+        if callable(signal.getsignal(signal.SIGINT)):
+            signal.raise_signal(signal.SIGINT)
+        else:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, on_terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _summary(console: Console, config: TrainConfig, outcome: Outcome | None, tests: list[Event]) -> None:
+    run, rows = run_storage(config), list[tuple[str, str]]()
+    if outcome is not None:
+        error = f"{outcome.validation_top1_error:.2f} % top-1, {outcome.validation_top5_error:.2f} % top-5 error"
+        rows += [
+            ("run", f"{config.name}: {outcome.steps} steps done"),
+            ("validation", f"{error} (best top-1 {outcome.best_validation_top1_error:.2f} %)"),
+            ("checkpoint", outcome.checkpoint),
+            ("best", outcome.best_checkpoint),
+            ("weights", f"SHA-256 {outcome.weights_sha256}"),
+            ("curves", f"{run.url}/{FIGURE}"),
+        ]
+    if tests:
+        rows += [
+            (
+                "tested",
+                f"{'best' if config.evaluation.checkpoint is Tested.BEST else 'last'} checkpoint, of step "
+                f"{tests[0]['step']}",
+            )
+        ]
+    for event in tests:
+        rows += [("", f"{name_of_test(event)}: {result_of_test(event)}"), ("", f"{run.url}/{event['file']}")]
+    for name, text in rows:
         console.print(f"{name:<13} {text}", soft_wrap=True)

@@ -6,9 +6,11 @@ import functools
 import logging
 import os
 import secrets
+import signal
 import socket
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,8 +74,11 @@ def ray_session(address: str | None = None, num_cpus: int | None = None) -> Iter
             quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
             # object_store_memory, bytes: nothing large passes through it
             start = {"num_cpus": num_cpus, "include_dashboard": False, "object_store_memory": 100 << 20}
+            on_terminate = signal.getsignal(signal.SIGTERM)
             try:
                 ray.init(**({"address": address} if address else start), **quiet)
+                if threading.current_thread() is threading.main_thread():  # Ray sets its own
+                    signal.signal(signal.SIGTERM, on_terminate)
             except (ConnectionError, RuntimeError, ValueError) as error:
                 if not address:
                     raise ValueError(

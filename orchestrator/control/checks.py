@@ -19,10 +19,13 @@ from orchestrator.config import TrainConfig
 from orchestrator.data.pipeline import Mean
 from orchestrator.data.shards import DataSet, Split
 from orchestrator.data.views import ColourAxes, TestView, TrainView
+from orchestrator.evaluation.protocols import check_protocols
+from orchestrator.evaluation.results import is_more_than_training, tests_of
 from orchestrator.remote import StoreUnreachableError
 from orchestrator.storage import Storage
 from orchestrator.training.assembly import build_model, views_of
-from orchestrator.training.run import Outcome, check_identity, finished
+from orchestrator.training.finished_model import ModelRecord, find_model, has_weights
+from orchestrator.training.run import Outcome, check_identity, data_digest, finished
 from orchestrator.world import share_of
 
 SPLITS = ("train", "val")
@@ -124,12 +127,8 @@ def _look_at_data(start: Start) -> tuple[Verdict, str]:
 
 
 def _look_at_storage(start: Start) -> tuple[Verdict, str]:
-    url = _given("--storage", start.config.storage, "IMAGENET_STORAGE")
-    storage = Storage(url)
-    if not start.config.name:
-        raise ValueError("--name is missing: give the run a name")
-    run = storage.sub(start.config.name)
-    with reading_storage(url):
+    storage, run = places_of(start.config.storage, start.config.name)
+    with reading_storage(storage.url):
         start.outcome = finished(run)
     start.storage, start.run = storage, run
     return Verdict.OK, f"the run's folder is {run.url}"
@@ -193,6 +192,72 @@ def _look_at_views(start: Start) -> tuple[Verdict, str]:
     return Verdict.OK, "the statistics are as published, the views fit together"
 
 
+def _look_at_tests(start: Start) -> tuple[Verdict, str]:
+    assert start.data is not None
+    assert start.model is not None
+    config, e = start.config, start.config.evaluation
+    if not is_more_than_training(config):
+        return Verdict.OK, "none are asked for"
+    sizes = {}
+    if e.protocols:
+        with _reading(config.data):
+            for name in e.splits:
+                if name not in start.splits:
+                    start.data.check_shards(name)
+                sizes[name] = len(start.splits.get(name) or start.data.split(name))
+            check_protocols(config, start.data, start.model)
+    # Of the finished model; of all scores, and once more of the largest: its parts, until they are put together.
+    needed = sum(tensor.nbytes for tensor in start.model.state_dict().values())
+    needed += 4 * start.data.num_classes * (sum(sizes.values()) * len(e.protocols) + max(sizes.values(), default=0))
+    free = start.storage.free_bytes() if start.storage else None
+    if free is not None and free < needed:
+        raise ValueError(
+            f"storage {config.storage!r} has {free / 1e9:.2f} GB free where the finished model and its scores need "
+            f"{needed / 1e9:.2f} GB: make room, or ask for fewer tests"
+        )
+    return Verdict.OK, ", ".join(map(str, tests_of(config))) or "a finished model, and no tests"
+
+
+def _look_at_tested(start: Start) -> tuple[Verdict, str]:
+    """Of a run that is only tested: that there is something, and that the data set fits it."""
+    assert start.data is not None
+    assert start.run is not None
+    config, run, data = start.config, start.run, start.data
+    with reading_storage(config.storage):
+        trained_on = data_digest(run)
+        check_identity(run, config, None)
+        record = find_model(config)
+        if record is None and data.digest != trained_on:
+            raise ValueError(
+                f"the model of run {run.url} is not finished yet, which takes the data set that it was trained on "
+                f"(digest {trained_on[:12]}…): test it on that first, then on {data.storage.url!r}"
+            )
+        if record is None and not has_weights(config):
+            raise ValueError(f"run {run.url} has no checkpoint yet that could be tested: train it first")
+    if record is not None:
+        _check_classes(record, data)
+    return Verdict.OK, f"of {run.url}, {'finished' if record else 'to be finished'}"
+
+
+def _check_classes(record: ModelRecord, data: DataSet) -> None:
+    """Raises ValueError where the logits of the model are of other classes than the data set's."""
+    theirs = [each.wnid for each in data.manifest.classes]
+    if theirs == list(record.wnids):
+        return
+    known = f"{data.storage.url!r} has {len(theirs)} classes, the model was trained on {len(record.wnids)}"
+    if missing := sorted(set(theirs) - set(record.wnids)):
+        known += f"; the model does not know {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}"
+    elif unknown := sorted(set(record.wnids) - set(theirs)):
+        known += f"; {', '.join(unknown[:3])}{' …' if len(unknown) > 3 else ''} are not in the data set"
+    else:
+        label = next(i for i, (a, b) in enumerate(zip(record.wnids, theirs, strict=True)) if a != b)
+        known += f"; label {label} is {record.wnids[label]} to the model and {theirs[label]} in the data set"
+    raise ValueError(
+        f"the model {record.name!r} cannot be tested on this data set ({known}): take one of the same classes, in the "
+        "same order"
+    )
+
+
 # What is quickly known comes first. The places to compute on follow when they are taken, see supervisor.place.
 BEFORE_PLACEMENT = (
     Check("data", _look_at_data),
@@ -203,7 +268,25 @@ BEFORE_PLACEMENT = (
     Check("space", _look_at_space, needs=("storage", "network")),
     Check("shards", _look_at_shards, needs=("data",)),
     Check("views", _look_at_views, needs=("data",)),
+    Check("tests", _look_at_tests, needs=("data", "network", "storage")),
 )
+# Of a run that is not trained any further.
+BEFORE_TESTS = (
+    Check("data", _look_at_data),
+    Check("storage", _look_at_storage),
+    Check("run", _look_at_tested, needs=("data", "storage")),
+    Check("groups", _look_at_groups),
+    Check("network", _look_at_model, needs=("data",)),
+    Check("tests", _look_at_tests, needs=("data", "network", "storage")),
+)
+
+
+def places_of(storage: str, name: str) -> tuple[Storage, Storage]:
+    """The folder that holds all runs, and the run's. Raises ValueError where either is not given."""
+    found = Storage(_given("--storage", storage, "IMAGENET_STORAGE"))
+    if not name:
+        raise ValueError("--name is missing: give the run a name")
+    return found, found.sub(name)
 
 
 def _given(option: str, value: str, variable: str, hint: str = "") -> str:

@@ -31,26 +31,30 @@ from orchestrator.control.facts import (
     RunFacts,
     RunState,
     SplitFacts,
+    TestFacts,
     batch_facts,
     placement_facts,
     schedule_facts,
 )
 from orchestrator.control.mlflow_store import masked
 from orchestrator.data.pipeline import EvalInput, TrainInput
+from orchestrator.evaluation.results import is_more_than_training, is_tested, tests_left, tests_of
 from orchestrator.ray_session import Cluster, Node, ray_session
 from orchestrator.storage import Storage
 from orchestrator.training.assembly import decode_settings, sample_stream
 from orchestrator.training.checkpoint import Checkpoints
+from orchestrator.training.finished_model import find_model
 from orchestrator.training.ownership import newest_attempt
 from orchestrator.training.run import Outcome
 
 
-def plan(config: TrainConfig, machines: Machines, tracking_uri: str) -> Plan:
+def plan(config: TrainConfig, machines: Machines, tracking_uri: str, *, trains: bool = True) -> Plan:
     """Find out what a start of ``config`` on ``machines`` would do. Never raises for what a start would refuse.
 
+    trains: False where the run is only tested, as far as it has come.
     Reads data and storage, writes and deletes one small file in storage, and asks a tracking server whether it lives.
     """
-    return _Rehearsal(config, machines, tracking_uri).plan()
+    return _Rehearsal(config, machines, tracking_uri, trains).plan()
 
 
 # -- where it would run ---------------------------------------------------------------------------------------------
@@ -101,8 +105,8 @@ def _num_cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
 class _Rehearsal:
     """Makes the checks, and keeps what they find for the facts."""
 
-    def __init__(self, config: TrainConfig, machines: Machines, tracking_uri: str) -> None:
-        self._config, self._machines, self._tracking_uri = config, machines, tracking_uri
+    def __init__(self, config: TrainConfig, machines: Machines, tracking_uri: str, trains: bool) -> None:
+        self._config, self._machines, self._tracking_uri, self._trains = config, machines, tracking_uri, trains
         self._start = Start(config)
         self._done: Outcome | None = None
         self._step: int | None = None
@@ -110,17 +114,23 @@ class _Rehearsal:
 
     def plan(self) -> Plan:
         start, config = self._start, self._config
-        findings = checks.look_at_all(checks.BEFORE_PLACEMENT, start)
-        if start.outcome is not None:  # what is not needed any more may be gone
+        findings = checks.look_at_all(checks.BEFORE_PLACEMENT if self._trains else checks.BEFORE_TESTS, start)
+        if not self._trains:
+            on_the_way = (
+                Check("writing", self._look_at_writing, needs=("storage",)),
+                Check("workers", self._look_at_workers, needs=("groups",)),
+            )
+            findings = checks.look_at_all(on_the_way, start, before=findings)
+        elif self._is_done():  # what is not needed any more may be gone
             findings = checks.look_at_all([Check("identity", self._look_at_outcome)], start)
         else:
-            on_the_way = (
+            before_training = (
                 Check("checkpoints", self._look_at_checkpoints, needs=("storage", "identity")),
                 Check("writing", self._look_at_writing, needs=("storage",)),
                 Check("decoding", self._look_at_decoding, needs=("shards", "views")),
                 Check("workers", self._look_at_workers, needs=("groups",)),
             )
-            findings = checks.look_at_all(on_the_way, start, before=findings)
+            findings = checks.look_at_all(before_training, start, before=findings)
         findings = checks.look_at_all([Check("tracking", self._look_at_tracking)], start, before=findings)
         data = _data_facts(start)
         train_images = next((s.images for s in data.splits if s.name == "train"), 0) if data else 0
@@ -135,11 +145,18 @@ class _Rehearsal:
             run=self._run_facts(),
             model=self._model_facts(),
             data=data,
+            trains=self._trains,
             schedule=schedule_facts(config, train_images) if train_images else None,
             space=space,
             placement=self._placement,
+            tests=self._test_facts(),
             findings=findings,
         )
+
+    def _is_done(self) -> bool:
+        with suppress(Exception):  # the checks say why
+            return self._start.outcome is not None and is_tested(self._config)
+        return False
 
     # -- checks that a start makes on its way ---------------------------------------------------------------------
 
@@ -207,12 +224,29 @@ class _Rehearsal:
             attempt = newest_attempt(run)
             if attempt:
                 who = _who(run.read(f"attempts/{attempt:06d}.json"))
+        if self._step is not None:  # its tests are left
+            done = self._start.outcome
         if done is not None:
             return RunFacts(run.url, RunState.FINISHED, done.steps, attempt, who, done)
+        if not self._trains:
+            return RunFacts(run.url, RunState.TESTED, attempt=attempt, attempt_by=who)
         if self._step is None:
             return RunFacts(run.url, RunState.UNKNOWN, attempt=attempt, attempt_by=who)
         state = RunState.GOES_ON if self._step else RunState.NEW
         return RunFacts(run.url, state, self._step, attempt, who)
+
+    def _test_facts(self) -> TestFacts | None:
+        if not is_more_than_training(self._config):
+            return None
+        tests = tests_of(self._config)
+        record, left = None, tests
+        with suppress(Exception):  # the checks say why
+            record = find_model(self._config)
+            data = self._start.data
+            left = tests_left(self._config, record, data.digest if data else record.data_sha256) if record else tests
+        done = tuple((test, test not in left) for test in tests)
+        e = self._config.evaluation
+        return TestFacts(e.checkpoint, e.precise_bn_images, record is not None, done)
 
     def _model_facts(self) -> ModelFacts | None:
         model, data = self._start.model, self._start.data

@@ -54,6 +54,7 @@ class Account:
     def __init__(self) -> None:
         self._best_error = math.inf
         self._best = self._last = ""
+        self._tests: dict[str, str] = {}
         self.step = -1  # of the last validation
 
     def entry(self, event: Mapping[str, Any]) -> Entry | None:
@@ -85,6 +86,11 @@ class Account:
             case EventKind.CHECKPOINT:
                 if event["best"]:
                     tags["best_checkpoint"] = cleaned_value(event["url"])
+            case EventKind.SCORES:
+                metrics = test_errors(event)
+                if "top1_error" in event:
+                    errors = f"{event['top1_error']:.2f} %, top-5 {event['top5_error']:.2f} %"
+                    self._tests[f"{event['split']} by {event['protocol']}"] = errors
         return Entry(kind, step, time_ms, metrics, tags)
 
     def _take_validation(self, step: int, metrics: dict[str, float]) -> None:
@@ -100,7 +106,15 @@ class Account:
     def result(self, status: RunStatus) -> str:
         """The line of results in a run's description; it begins as ``comparison.with_result`` looks for it."""
         text = f"best validation top-1 error {self._best}; the last {self._last}" if self._best else "no validation"
+        text += "".join(f"; {test} {errors}" for test, errors in self._tests.items())
         return f"**Result{UNTIL[status]}:** {text}"
+
+
+def test_errors(event: Mapping[str, Any]) -> dict[str, float]:
+    """Errors of a test, in percent by metric (``val_ten_crop_top1_error``); {} where the images have no labels."""
+    where = f"{event['other_data']}_{event['split']}" if "other_data" in event else event["split"]
+    kinds = [kind for kind in ("top1_error", "top5_error") if kind in event]
+    return {cleaned_key(f"{where}_{event['protocol']}_{kind}"): float(f"{event[kind]:.6g}") for kind in kinds}
 
 
 def flattened(params: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:

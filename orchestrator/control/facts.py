@@ -9,9 +9,10 @@ from enum import Enum
 
 import numpy as np
 
-from orchestrator.config import Order, PlateauError, PolicyKind, ScheduleConfig, TrainConfig, WarmupKind
+from orchestrator.config import Order, PlateauError, PolicyKind, ScheduleConfig, Tested, TrainConfig, WarmupKind
 from orchestrator.control.checks import Finding, Space, Verdict
 from orchestrator.control.placement import Placement, place
+from orchestrator.evaluation.results import Test
 from orchestrator.ray_session import Cluster
 from orchestrator.training.optimization import total_steps
 from orchestrator.training.run import Outcome
@@ -24,6 +25,7 @@ class RunState(Enum):
     NEW = "new"
     GOES_ON = "goes on"
     FINISHED = "finished"
+    TESTED = "tested"  # as it stands; it is not trained
     UNKNOWN = "unknown"  # refused, or its storage cannot be read
 
 
@@ -48,6 +50,22 @@ class ModelFacts:
     flops: int
     crop_px: int
     num_classes: int
+
+
+@dataclass(frozen=True)
+class TestFacts:
+    """What comes after training: whether the finished model is there; each test, and whether its scores are there."""
+
+    __test__ = False  # no class of tests for pytest
+
+    tested: Tested
+    precise_bn_images: int
+    is_finished: bool
+    tests: tuple[tuple[Test, bool], ...]
+
+    @property
+    def are_done(self) -> bool:
+        return self.is_finished and all(is_done for _, is_done in self.tests)
 
 
 @dataclass(frozen=True)
@@ -134,9 +152,11 @@ class Plan:
     run: RunFacts | None
     model: ModelFacts | None
     data: DataFacts | None
+    trains: bool
     schedule: ScheduleFacts | None
     space: Space | None
     placement: PlacementFacts | None
+    tests: TestFacts | None  # none are asked for
     findings: tuple[Finding, ...]
 
     @property

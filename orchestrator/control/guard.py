@@ -125,12 +125,19 @@ class Guard:
         self._failures: list[Failure] = []  # of this group, as told by its workers
         self._spent = 0
         self._tried: list[Failure] = []  # one a restart, since the newest checkpoint
+        self._scored: dict[str, int] = {}  # images by test
         self._not_finite_at = -2  # newest checkpoint when a loss was last not finite
 
     def saved(self, step: int) -> None:
         """A checkpoint of ``step`` is durable."""
         if step > self._step:
             self._step, self._tried, self._has_saved = step, [], True
+            self._spent = max(0, self._spent - 1)
+
+    def scored(self, test: str, images: int) -> None:
+        """Scores of so many images of a test are durable; more than before are worth as much as a checkpoint."""
+        if images > self._scored.get(test, 0):
+            self._scored[test], self._tried, self._has_saved = images, [], True
             self._spent = max(0, self._spent - 1)
 
     def goes_on_from(self, step: int) -> None:
@@ -255,7 +262,8 @@ class Watchdog:
         step = max(beat.step for beat in beats)
         if self._first_step is None and all(b.phase is not Phase.START for b in beats):
             self._first_step = step
-        starting = self._first_step is None or step <= self._first_step
+        is_testing = any(b.phase >= Phase.SCORE for b in beats)
+        starting = self._first_step is None or (step <= self._first_step and not is_testing)
         seconds = now_s - self._moved_s
         if seconds < self._timeout_s * (_PATIENCE_AT_START if starting and not silent else 1.0):
             return None

@@ -16,7 +16,16 @@ from rich.text import Text
 
 from orchestrator.config import Order, TrainConfig
 from orchestrator.control.checks import Verdict
-from orchestrator.control.facts import BatchFacts, DataFacts, Machines, PlacementFacts, Plan, RunFacts, RunState
+from orchestrator.control.facts import (
+    BatchFacts,
+    DataFacts,
+    Machines,
+    PlacementFacts,
+    Plan,
+    RunFacts,
+    RunState,
+    TestFacts,
+)
 from orchestrator.control.mlflow_store import masked
 from orchestrator.world import Share
 
@@ -29,15 +38,17 @@ def show(console: Console, plan: Plan, recipe: TrainConfig) -> None:
     """Print ``plan``; fields in which its config differs from ``recipe`` are marked."""
     page = _Page(console)
     page.line(Text(f"DRY RUN of {plan.config.name or '(no name)'}: nothing is trained, taken or kept", "bold"))
-    for label, lines in (
-        ("run", _run_lines(plan)),
-        ("config", _config_lines(plan.config, recipe)),
-        ("data", _data_lines(plan.data, plan.config)),
-        ("network", _model_lines(plan)),
-        ("schedule", _schedule_lines(plan)),
-        ("batch", _batch_lines(plan.batch)),
-        ("workers", _worker_lines(plan.machines, plan.placement)),
-    ):
+    sections = {
+        "run": _run_lines(plan),
+        "config": _config_lines(plan.config, recipe),
+        "data": _data_lines(plan.data, plan.config),
+        "network": _model_lines(plan),
+        "schedule": _schedule_lines(plan) if plan.trains else (),
+        "tests": _test_lines(plan.tests),
+        "batch": _batch_lines(plan.batch),
+        "workers": _worker_lines(plan.machines, plan.placement),
+    }
+    for label, lines in sections.items():
         for number, line in enumerate(lines):
             page.row(label if number == 0 else "", line)
     for finding in plan.findings:
@@ -100,10 +111,13 @@ def _run_lines(plan: Plan) -> Iterator[str]:
         case RunState.GOES_ON:
             yield f"goes on: a start would train from step {run.step:,}{of}, the newest checkpoint"
         case RunState.FINISHED:
-            yield f"finished: {run.step:,} steps done; a start would only bring to MLflow what is not there yet"
+            left = "test it, and " if plan.tests and not plan.tests.are_done else "only "
+            yield f"finished: {run.step:,} steps done; a start would {left}bring to MLflow what is not there yet"
             if run.outcome is not None:
                 o = run.outcome
                 yield f"validation {o.validation_top1_error:.2f} % top-1, {o.validation_top5_error:.2f} % top-5 error"
+        case RunState.TESTED:
+            yield "a start would test it as it stands, and not train it"
         case RunState.UNKNOWN:
             yield "does not go on as it is: see the checks"
     yield masked(run.url)
@@ -200,6 +214,20 @@ def _schedule_lines(plan: Plan) -> Iterator[str]:
             f"a checkpoint has {plan.space.checkpoint_bytes:,} bytes; the newest {plan.config.rhythm.keep_last} and "
             f"the best are kept: {_bytes(plan.space.needed_bytes)} needed, {beside}"
         )
+
+
+def _test_lines(of: TestFacts | None) -> Iterator[str]:
+    if of is None:
+        yield "none (--evaluation.protocols)"
+        return
+    averaged = f", batch norm averaged over {of.precise_bn_images:,} training images" if of.precise_bn_images else ""
+    yield f"finished model of the {of.tested.value} checkpoint{averaged}: {_done(of.is_finished)}"
+    for test, is_done in of.tests:
+        yield f"{test}: {_done(is_done)}"
+
+
+def _done(is_done: bool) -> str:
+    return "done" if is_done else "to come"
 
 
 def _batch_lines(batch: BatchFacts) -> Iterator[str]:

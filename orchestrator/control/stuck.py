@@ -107,7 +107,8 @@ _FRAME = re.compile(r'File "(.+)", line (\d+) in (\S+)')
 
 
 def _frames(dump: str) -> str:
-    """Where the training thread of a faulthandler dump is, innermost frame first, on one line; torch's own left out."""
-    threads = [_FRAME.findall(block) for block in dump.split("\n\n") if "orchestrator/training/trainer.py" in block]
+    """Where the working thread of a faulthandler dump is, innermost frame first, on one line; torch's own left out."""
+    at_work = "orchestrator/evaluation/stages.py", "orchestrator/training/trainer.py"
+    threads = [_FRAME.findall(block) for block in dump.split("\n\n") if any(path in block for path in at_work)]
     frames = [f"{path}:{line} {name}" for thread in threads[:1] for path, line, name in thread if "/torch/" not in path]
     return "its stack: " + " < ".join(frames[:4]) if frames else "no stack could be had"

@@ -1,4 +1,4 @@
-"""One training run on Ray: check, place the workers, restart them, report.
+"""One run on Ray: check, place the workers, restart them, report. The workers train, finish the model and test it.
 
 Ray places processes and owns no state: its storage path is a fresh folder per attempt that nobody reads back. What a
 run remembers is in our storage, so every process may be killed at any line and the same call made again. ``guard``
@@ -24,6 +24,8 @@ from orchestrator.control.placement import Placement, place
 from orchestrator.control.stuck import Place, tells_its_stacks
 from orchestrator.control.watch import Watch
 from orchestrator.data.shards import DataSet
+from orchestrator.evaluation.results import is_tested
+from orchestrator.evaluation.stages import do_job
 from orchestrator.ray_session import ray_session
 from orchestrator.remote import stop_waiting, trust_stores
 from orchestrator.storage import Storage
@@ -31,7 +33,6 @@ from orchestrator.training.notices import Event, notice, warnings_told
 from orchestrator.training.ownership import Claim, SupersededError, claim, next_start
 from orchestrator.training.pulse import Phase, Pulse, Wish
 from orchestrator.training.run import Outcome, check_identity, finished, fix_identity, run_storage
-from orchestrator.training.trainer import train
 from orchestrator.world import World, largest_share, share_of
 
 Listener = Callable[[Event], None]
@@ -41,10 +42,13 @@ class RunFailedError(RuntimeError):
     """A run stopped before its end for another reason than the user's input. What was saved is kept."""
 
 
-def check(config: TrainConfig) -> DataSet:
-    """Everything that can be known before anything is taken or written. Raises ValueError, saying what to do."""
+def check(config: TrainConfig, *, trains: bool = True) -> DataSet:
+    """Everything that can be known before anything is taken or written. Raises ValueError, saying what to do.
+
+    trains: False where the run is only tested, as far as it has come.
+    """
     start = checks.Start(config)
-    for each in checks.BEFORE_PLACEMENT:
+    for each in checks.BEFORE_PLACEMENT if trains else checks.BEFORE_TESTS:
         each.look(start)
     assert start.data is not None
     return start.data
@@ -57,49 +61,70 @@ def resolve(config: TrainConfig) -> TrainConfig:
 
 
 def outcome_of(config: TrainConfig) -> Outcome | None:
-    """The outcome of a run that is done, without a look at data or cluster. Raises ValueError for a changed config."""
+    """The outcome of a run that is done with all that ``config`` asks for, without a look at data or cluster.
+
+    Raises ValueError for a changed config.
+    """
     if not config.storage or not config.name:
         return None
     with checks.reading_storage(config.storage):
         done = finished(run_storage(config))
-        if done is not None:
-            check_identity(run_storage(config), config, None)
-    return done
+        if done is None:
+            return None
+        check_identity(run_storage(config), config, None)
+        return done if is_tested(config) else None
 
 
 def run_job(config: TrainConfig, listen: Listener) -> Outcome:
-    """Train ``config`` to the end on Ray; goes on from where the run stands, and returns at once if it is finished.
+    """Do ``config`` on Ray, to the end; goes on from where the run stands, and returns at once if all of it is done.
 
-    ``listen`` takes the events of the run (``trainer.train``) in a thread of this process. Raises ValueError for what
+    ``listen`` takes the events of the run (``stages.do_job``) in a thread of this process. Raises ValueError for what
     the user must mend, RunFailedError where the run could not be finished.
     """
     config = resolve(config)
-    done = outcome_of(config)
-    if done is not None:
-        return done
-    data, run = check(config), run_storage(config)
-    with ray_session(config.placement.ray_address) as cluster:
-        placement = place(config, cluster)
-        with _begin(config, data, run, listen) as owner:
-            event = {"kind": "placed", "workers": placement.num_workers, "gpu": placement.use_gpu}
-            listen(event | {"attempt": owner.number})
-            return _fit(config, placement, run, owner, listen)
+    done = outcome_of(config) or _on_ray(config, listen, trains=True)
+    assert done is not None
+    return done
+
+
+def score_job(config: TrainConfig, listen: Listener) -> None:
+    """Test a run on Ray as far as it has come. As ``run_job`` otherwise."""
+    _on_ray(resolve(config), listen, trains=False)
 
 
 def run_in_process_group(config: TrainConfig, listen: Listener) -> Outcome:
-    """The same without Ray: this process is one worker of the group that torchrun's environment describes."""
+    """``run_job`` without Ray: this process is one worker of the group that torchrun's environment describes."""
     config = resolve(config)
-    done = outcome_of(config)
-    if done is not None:
-        return done
-    data, run = check(config), run_storage(config)
+    done = outcome_of(config) or _in_process_group(config, listen, trains=True)
+    assert done is not None
+    return done
+
+
+def score_in_process_group(config: TrainConfig, listen: Listener) -> None:
+    """``score_job`` without Ray."""
+    _in_process_group(resolve(config), listen, trains=False)
+
+
+def _on_ray(config: TrainConfig, listen: Listener, *, trains: bool) -> Outcome | None:
+    data, run = check(config, trains=trains), run_storage(config)
+    with ray_session(config.placement.ray_address) as cluster:
+        placement = place(config, cluster)
+        with _begin(config, data, run, listen, trains=trains) as owner:
+            event = {"kind": "placed", "workers": placement.num_workers, "gpu": placement.use_gpu}
+            listen(event | {"attempt": owner.number})
+            return _fit(config, data, placement, run, owner, listen, trains=trains)
+
+
+def _in_process_group(config: TrainConfig, listen: Listener, *, trains: bool) -> Outcome | None:
+    data, run = check(config, trains=trains), run_storage(config)
     if os.environ.get("RANK", "0") != "0" or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         trust_stores()  # the first process, or the first start, has reached them
     world = World.from_environment()
     owner: Claim | None = None
+    on_terminate = signal.getsignal(signal.SIGTERM)
     try:
         share_of(world.rank, world.size, config.batch.global_batch_size, config.batch.bn_group_size)
-        owner = _begin(config, data, run, listen) if world.is_first else None
+        owner = _begin(config, data, run, listen, trains=trains) if world.is_first else None
         attempt = owner.number if owner else 0
         if owner:
             use_gpu = world.device.type == "cuda"
@@ -110,22 +135,33 @@ def run_in_process_group(config: TrainConfig, listen: Listener) -> Outcome:
         # What torchrun and SLURM send before they take the machines away.
         signal.signal(signal.SIGTERM, lambda number, frame: setattr(pulse, "wish", Wish.LEAVE))
         with warnings_told(listen, world.rank):
-            return train(config, world, attempt=attempt, cpus=cpus, emit=listen, pulse=pulse)
+            return do_job(config, world, attempt=attempt, cpus=cpus, emit=listen, pulse=pulse, trains=trains)
     finally:
+        signal.signal(signal.SIGTERM, on_terminate)
         if owner:
             owner.release()
         world.leave()
 
 
-def _begin(config: TrainConfig, data: DataSet, run: Storage, listen: Listener) -> Claim:
+def _begin(config: TrainConfig, data: DataSet, run: Storage, listen: Listener, *, trains: bool) -> Claim:
     """Fix the identity of a new run, and take it for this process."""
     run.check_writable()
-    fix_identity(run, config, data)
+    if trains:
+        fix_identity(run, config, data)
     guard = config.guard
     return claim(run, lease_s=guard.lease_s, take_over=guard.take_over, tell=lambda text: listen(notice(text)))
 
 
-def _fit(config: TrainConfig, placement: Placement, run: Storage, owner: Claim, listen: Listener) -> Outcome:
+def _fit(
+    config: TrainConfig,
+    data: DataSet,
+    placement: Placement,
+    run: Storage,
+    owner: Claim,
+    listen: Listener,
+    *,
+    trains: bool,
+) -> Outcome | None:
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     if placement.is_elastic:  # after a node was lost Ray waits so long for it before it takes fewer workers
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
@@ -149,6 +185,7 @@ def _fit(config: TrainConfig, placement: Placement, run: Storage, owner: Claim, 
             "attempt": owner.number,
             "token": owner.token,
             "cpus": placement.cpus_per_worker,
+            "trains": trains,
             "mailbox": mailbox,
         },
         scaling_config=ScalingConfig(
@@ -190,9 +227,10 @@ def _fit(config: TrainConfig, placement: Placement, run: Storage, owner: Claim, 
     with suppress(ray.exceptions.RayError):  # the cluster itself may be gone
         watch.refusal = watch.refusal or ray.get(mailbox.take.remote(0), timeout=30).refusal
     outcome = finished(run)
-    if watch.refusal is not None and (outcome is None or watch.refusal.ending is Ending.SUPERSEDED):
+    is_done = (outcome is not None or not trains) and is_tested(config, data.digest)
+    if watch.refusal is not None and (not is_done or watch.refusal.ending is Ending.SUPERSEDED):
         raise _as_error(watch.refusal)
-    if outcome is None:
+    if not is_done:
         raise RunFailedError(
             f"run {config.name!r} stopped before its end"
             + (f" ({_cause(failure)})" if failure else "")
@@ -245,7 +283,8 @@ def _work(settings: dict[str, Any]) -> None:
             attempt = settings["attempt"]
             if number > 1 and world.is_first:  # what the group before still publishes must not count
                 attempt = next_start(run_storage(config), settings["token"])
-            train(config, world, attempt=attempt, cpus=settings["cpus"], emit=emit, pulse=pulse)
+            trains = settings["trains"]
+            do_job(config, world, attempt=attempt, cpus=settings["cpus"], emit=emit, pulse=pulse, trains=trains)
             ray.get(mailbox.end.remote(group))
         except Exception as error:
             kind = classify(error, pulse.phase)

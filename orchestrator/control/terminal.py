@@ -25,6 +25,7 @@ class Terminal:
         self._console, self._name, self._batch_size = console, name, batch_size
         self._lock = threading.Lock()
         self._now: dict[str, Any] = {}
+        self._test: Event = {}  # the newest of the test that goes on
         self._steps, self._images = 0, 1
         self._last_plain_s = 0.0
         self._live = Live(Text(""), console=console, refresh_per_second=4) if console.is_terminal else None
@@ -78,6 +79,16 @@ class Terminal:
                     f"step {event['step']}: {_DECISIONS[d['action']]} at {d['error_percent']:.2f} % "
                     f"(learning rate {d['learning_rate_before']:.4g} → {d['learning_rate']:.4g})"
                 )
+            case "test":
+                self._test = {}
+                self._say(f"testing step {event['step']}: {name_of_test(event)}")
+            case "evaluation":
+                self._test = event
+                if self._live is None and time.monotonic() - self._last_plain_s > _PLAIN_PROGRESS_EVERY_S:
+                    self._plain()
+            case "scores":
+                self._test = {}
+                self._say(f"{name_of_test(event)}: {result_of_test(event)}")
         if self._live is not None:
             self._live.update(Text(self._line(), style="cyan", no_wrap=True, overflow="ellipsis"))
 
@@ -89,6 +100,8 @@ class Terminal:
         self._console.print(Text(self._line()), soft_wrap=True)
 
     def _line(self) -> str:
+        if self._test:
+            return self._test_line()
         n = self._now
         step = n.get("step", 0)
         parts = [f"{self._name}  step {step}/{self._steps}  epoch {step * self._batch_size / self._images:.2f}"]
@@ -105,6 +118,27 @@ class Terminal:
             if n["images_per_s"] > 0:
                 parts.append(f"{duration((self._steps - step) * self._batch_size / n['images_per_s'])} left")
         return " · ".join(parts)
+
+    def _test_line(self) -> str:
+        t = self._test
+        parts = [f"{self._name}  {name_of_test(t)}  {t['images']}/{t['of']} images"]
+        if t["images_per_s"] > 0:
+            parts.append(f"{t['images_per_s']:.1f} images/s a worker")
+        return " · ".join(parts)
+
+
+def name_of_test(event: Event) -> str:
+    """Which test an event tells of."""
+    return f"{event['split']} by {event['protocol']}"
+
+
+def result_of_test(event: Event) -> str:
+    """What came of it."""
+    bad = f", {event['undecodable']} undecodable" if event["undecodable"] else ""
+    images = f"{event['images']} images{bad}"
+    if "top1_error" not in event:
+        return f"{images} without labels, in {event['file']}"
+    return f"{event['top1_error']:.2f} % top-1, {event['top5_error']:.2f} % top-5 error ({images})"
 
 
 _DECISIONS = {

@@ -56,7 +56,8 @@ class ModelRecord:
     file: its name in the run's folder; weights_sha256: over model/* (``checkpoint.weights_sha256``); step: optimizer
     steps done; checkpoint: URL of the folder whose weights these are, and the SHA-256 of its tensors; errors in
     percent; precise_bn_images: training images over which batch norm's statistics are averaged (0: as trained); run:
-    URL of the run's folder; config: its identity, data set apart, whose digest is data_sha256.
+    URL of the run's folder; config: its identity, data set apart, whose digest is data_sha256; wnids: of the classes
+    that the logits are of, in their order.
     """
 
     file: str
@@ -75,6 +76,7 @@ class ModelRecord:
     data_sha256: str
     num_classes: int
     code_version: str
+    wnids: tuple[str, ...] = ()
 
     @property
     def record_name(self) -> str:
@@ -126,8 +128,7 @@ def finish_model(
     tell = emit if world.is_first else (lambda event: None)
     source = _source(run, e.checkpoint) if world.is_first else (0, 0)
     step, attempt = (world.from_first(number) for number in source)
-    name = f"model/{step:09d}-{e.checkpoint.value}-bn{e.precise_bn_images}.json"
-    folder = CommitRecord(step, attempt, {}, ()).folder
+    name, folder = _record_name(config, step), CommitRecord(step, attempt, {}, ()).folder
     if world.from_first(int(world.is_first and _is_whole(run, name, folder, tell))):
         return eventually(lambda: _read_record(run, name), f"{run.url}/{name}")
 
@@ -180,12 +181,17 @@ def finish_model(
             data_sha256=data.digest,
             num_classes=data.num_classes,
             code_version=code_version,
+            wnids=tuple(each.wnid for each in data.manifest.classes),
         )
         owned()
         run.publish(made.file, content)
         run.publish(name, made.to_bytes())
     world.barrier()
     return eventually(lambda: _read_record(run, name), f"{run.url}/{name}")
+
+
+def _record_name(config: TrainConfig, step: int) -> str:
+    return f"model/{step:09d}-{config.evaluation.checkpoint.value}-bn{config.evaluation.precise_bn_images}.json"
 
 
 def _source(run: Storage, tested: Tested) -> tuple[int, int]:
@@ -206,8 +212,8 @@ def _source(run: Storage, tested: Tested) -> tuple[int, int]:
 
 def _is_whole(run: Storage, name: str, folder: str, tell: Callable[[Event], None]) -> bool:
     """Whether the model of this record, made of this checkpoint, is there, byte for byte."""
-    record = _read_record(run, name)
-    if record is None or PurePosixPath(record.checkpoint).name != PurePosixPath(folder).name:
+    record = _record_of(run, name, folder)
+    if record is None:
         return False
     try:
         run.read(record.file, record.sha256)
@@ -215,6 +221,12 @@ def _is_whole(run: Storage, name: str, folder: str, tell: Callable[[Event], None
         tell(notice(f"the finished model {record.file} is not what was published ({error}): it is made again"))
         return False
     return True
+
+
+def _record_of(run: Storage, name: str, folder: str) -> ModelRecord | None:
+    record = _read_record(run, name)
+    is_it = record is not None and PurePosixPath(record.checkpoint).name == PurePosixPath(folder).name
+    return record if is_it else None
 
 
 def _precise(
@@ -300,6 +312,29 @@ def _differences(expected: dict[str, tuple[int, ...]], weights: dict[str, Tensor
         elif tuple(weights[name].shape) != expected[name]:
             lines.append(f"{name} is {list(weights[name].shape)}, not {list(expected[name])}")
     return lines
+
+
+def find_model(config: TrainConfig) -> ModelRecord | None:
+    """The record of what ``finish_model`` makes for ``config``; None where it is still to be made. One look."""
+    run = run_storage(config)
+    try:
+        step, attempt = _source(run, config.evaluation.checkpoint)
+    except StoreRefusedError:
+        raise
+    except ValueError:  # there is nothing to test yet
+        return None
+    return _record_of(run, _record_name(config, step), CommitRecord(step, attempt, {}, ()).folder)
+
+
+def has_weights(config: TrainConfig) -> bool:
+    """Whether the run has come to a checkpoint that ``finish_model`` would take."""
+    try:
+        _source(run_storage(config), config.evaluation.checkpoint)
+    except StoreRefusedError:
+        raise
+    except ValueError:
+        return False
+    return True
 
 
 def find_models(run: Storage) -> list[ModelRecord]:

@@ -9,7 +9,7 @@ from enum import IntEnum
 
 
 class Phase(IntEnum):
-    """What a worker does in a step, in the order in which it does it."""
+    """What a worker does in a step, and after the last one, in the order in which it does it."""
 
     START = 0  # building the network, reading the checkpoint
     INPUT = 1  # waiting for the next batch
@@ -19,6 +19,10 @@ class Phase(IntEnum):
     VALIDATE = 5
     SAVE = 6
     END = 7
+    FINISH = 8  # averaging batch norm's statistics
+    SCORE = 9  # testing the finished model
+    GATHER = 10  # waiting for the scores of the others
+    DONE = 11
 
 
 class Wish(IntEnum):

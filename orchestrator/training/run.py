@@ -2,7 +2,8 @@
 
 ::
 
-    config.json            identity: everything that makes two runs the same run, data digest included
+    config.json            identity: everything that makes two runs the same run, data digest included; beside it, as
+                           labels, the recipe and where the data set was
     attempts/              see ownership.py
     checkpoints/           see checkpoint.py
     finished.json          the outcome, published last
@@ -36,7 +37,9 @@ def run_storage(config: TrainConfig) -> Storage:
 def fix_identity(run: Storage, config: TrainConfig, data: DataSet) -> None:
     """Write the identity of a new run. Raises ValueError where the name is taken by another."""
     identity = _identity(config, data.digest)
-    content = json.dumps({"sha256": digest(identity), "identity": identity}, indent=1, sort_keys=True).encode()
+    labels = {"recipe": config.recipe, "data": data.storage.url}
+    plain = {"sha256": digest(identity), "identity": identity, **labels}
+    content = json.dumps(plain, indent=1, sort_keys=True).encode()
     if not run.create("config.json", content) and _stored_identity(run) is None:
         run.publish("config.json", content)  # torn by a kill when the run was new
     check_identity(run, config, data)
@@ -79,6 +82,25 @@ def _stored_identity(run: Storage) -> dict[str, Any] | None:
             "it, and the same command writes it again"
         )
     return None
+
+
+def config_of(run: Storage, base: TrainConfig) -> TrainConfig:
+    """The config of the run in ``run``: its identity, recipe and, where ``base`` has none, data set; the rest of base.
+
+    Raises ValueError where there is no run, or its config cannot be read.
+    """
+    try:
+        identity = _stored_identity(run)
+        content = json.loads(run.read("config.json"))
+    except FileNotFoundError:
+        identity = None
+    if identity is None:
+        raise ValueError(f"there is no run {run.url} (no config.json): give --storage and --name of one")
+    plain = base.to_json() | {"recipe": content.get("recipe", ""), "data": base.data or content.get("data", "")}
+    del identity["data_sha256"]
+    for key, value in identity.items():
+        plain[key] = plain[key] | value if isinstance(value, dict) else value
+    return TrainConfig.from_json(plain)
 
 
 def data_digest(run: Storage) -> str:

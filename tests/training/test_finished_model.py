@@ -59,7 +59,7 @@ def trained(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainCo
 @pytest.fixture
 def config(trained: TrainConfig, tmp_path: Path) -> TrainConfig:
     """A copy of it, to be finished with precise statistics."""
-    shutil.copytree(Path(trained.storage) / "run", tmp_path / "run")
+    shutil.copytree(Path(trained.storage) / "run", tmp_path / "run", ignore=shutil.ignore_patterns("model"))
     return replace(trained, storage=str(tmp_path), evaluation=EvaluationConfig(precise_bn_images=NUM_IMAGES))
 
 
