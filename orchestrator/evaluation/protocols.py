@@ -84,7 +84,13 @@ def check_protocols(config: TrainConfig, data: DataSet, model: nn.Module) -> Non
         procedure_of(protocol, config)
         check_model(protocol, model)
     if config.evaluation.protocols:
+        have = data.manifest.splits
         for name in config.evaluation.splits:
+            if name not in have:
+                raise ValueError(
+                    f"the data set {data.storage.url!r} has no split {name!r} (it has {', '.join(have)}): name those "
+                    "that are to be scored with --evaluation.splits"
+                )
             check_split(data, data.split(name))
 
 
