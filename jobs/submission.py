@@ -150,8 +150,10 @@ def _tell(content: Content) -> int:
     return command_line.EXIT_FAILED if content.problems else 0
 
 
-def _read(file: str, data: str, split: str, classes: int, images: int) -> tuple[Content, Expected, DataSet | None]:
-    """What is in a file, and what was expected. Raises ValueError where it is not there."""
+def _read(
+    file: str, data: str, split: str, classes: int, images: int
+) -> tuple[Content, Sequence[ClassInfo], DataSet | None]:
+    """What is in a file, the classes it may name, and the data set. Raises ValueError where it is not there."""
     folder, name = place(file)
     try:
         text = folder.read(name)
@@ -168,7 +170,7 @@ def _read(file: str, data: str, split: str, classes: int, images: int) -> tuple[
     content = submission_check.read(text, expected)
     if lineage and lineage.get("sha256") != sha256_hex(text):
         content.problem(f"the lineage beside it ({name}{submission.LINEAGE}) is of another file, by its SHA-256")
-    return content, expected, source
+    return content, known, source
 
 
 def _numbered(classes: int) -> list[ClassInfo]:
@@ -190,11 +192,11 @@ def _lineage(folder: Storage, name: str) -> dict[str, Any]:
 
 
 def _score(command: Score) -> int:
-    content, expected, data = _read(command.file, command.data, command.split, command.classes, 0)
+    content, classes, data = _read(command.file, command.data, command.split, command.classes, 0)
     if command.truth:
         folder, name = place(command.truth)
         try:
-            truth = submission_check.read_truth(folder.read(name), expected.tokens)
+            truth = submission_check.read_truth(folder.read(name), submission.tokens_of(classes, Format.ILSVRC))
         except FileNotFoundError:
             raise ValueError(f"no ground truth at {command.truth!r}") from None
     elif data is not None:
