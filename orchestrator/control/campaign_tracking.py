@@ -23,7 +23,7 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from orchestrator.control import campaign_note as words
 from orchestrator.control.campaign_figure import CampaignFigure, History
@@ -368,6 +368,7 @@ class CampaignTracker:
         with tempfile.TemporaryDirectory(prefix="figures-") as temporary:
             for url in ensemble.figures:
                 folder, _, name = url.rpartition("/")
-                path = Path(temporary) / PurePosixPath(name).name
+                # Those of two protocols have one name.
+                path = Path(temporary) / url.removeprefix(f"{self._folder.url}/").replace("/", "-")
                 path.write_bytes(Storage(folder).read(name))
                 run.upload(path)
