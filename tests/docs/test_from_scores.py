@@ -39,11 +39,9 @@ def test_five_lines_read_a_score_file(runs: Path, capsys: pytest.CaptureFixture[
 
 
 def typed(line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
-    """What a command prints. A shell takes it apart, and this process runs it: an interpreter of its own takes seconds."""
-    split = subprocess.run(
-        ["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True, text=True, check=True, cwd=ROOT
-    )
-    python, script, *arguments = split.stdout.rstrip("\0").split("\0")
+    """What a command prints. A shell takes it apart; this process runs it: an interpreter of its own takes seconds."""
+    words = subprocess.run(["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True, text=True, check=True).stdout
+    python, script, *arguments = words.rstrip("\0").split("\0")
     assert python == "python"
     monkeypatch.setattr(sys, "argv", [script, *arguments])
     with pytest.raises(SystemExit) as end:
