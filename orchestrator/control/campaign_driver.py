@@ -33,7 +33,7 @@ from orchestrator.control.campaign import (
     account_of,
     decide,
 )
-from orchestrator.control.campaign_journal import Journal, fix_identity
+from orchestrator.control.campaign_journal import Journal, check_identity, fix_identity
 from orchestrator.control.campaign_member import (
     MemberProcess,
     errors_of,
@@ -43,6 +43,7 @@ from orchestrator.control.campaign_member import (
     progress_of,
 )
 from orchestrator.control.campaign_plan import Campaign, Packing, Plan
+from orchestrator.control.checks import reading_storage
 from orchestrator.control.guard import Ending, Refusal
 from orchestrator.control.supervisor import RunFailedError
 from orchestrator.data.shards import DataSet
@@ -87,6 +88,10 @@ def check(campaign: Campaign) -> Opened:
     configs = campaign.run_configs()
     if not campaign.config.name:
         raise ValueError("the campaign has no name: give it one with --name")
+    folder = Storage(campaign.config.storage).sub(campaign.config.name) if campaign.config.storage else None
+    if folder is not None:
+        with reading_storage(campaign.config.storage):
+            check_identity(folder, campaign, None)
     data: DataSet | None = None
     for name, config in configs.items():
         try:
@@ -98,7 +103,7 @@ def check(campaign: Campaign) -> Opened:
         products.check_classes(data)
     images = data.manifest.splits["train"].count
     steps = {n: total_steps(c.schedule, images, c.batch.global_batch_size) for n, c in configs.items()}
-    folder = Storage(campaign.config.storage).sub(campaign.config.name)
+    assert folder is not None
     return Opened(folder, Plan(campaign, steps), data)
 
 
@@ -236,13 +241,6 @@ class Driver:
     # -- the cluster --------------------------------------------------------------------------------------------
 
     def _look(self) -> None:
-        on_terminate = signal.getsignal(signal.SIGTERM)  # Ray sets its own
-        try:
-            self._connect()
-        finally:
-            signal.signal(signal.SIGTERM, on_terminate)
-
-    def _connect(self) -> None:
         given = self._campaign.config.placement.ray_address or os.environ.get("RAY_ADDRESS", "")
         if not given:  # started here, and kept: members join it
             import ray

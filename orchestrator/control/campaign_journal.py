@@ -21,7 +21,8 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from orchestrator.config import TrainConfig
-from orchestrator.control.campaign import Entry, Kind, Plan
+from orchestrator.control.campaign import Entry, Kind
+from orchestrator.control.campaign_plan import Campaign, Plan
 from orchestrator.plain import differences, digest
 from orchestrator.remote import StoreRefusedError
 from orchestrator.storage import Storage
@@ -57,22 +58,23 @@ def fix_identity(folder: Storage, plan: Plan, data_sha256: str) -> None:
     content = json.dumps({"sha256": digest(plain), "campaign": plain}, indent=1, sort_keys=True).encode()
     if not folder.create(_IDENTITY, content) and _stored(folder) is None:
         folder.publish(_IDENTITY, content)  # torn by a kill when the campaign was new
-    check_identity(folder, plan, data_sha256)
+    check_identity(folder, campaign, data_sha256)
 
 
-def check_identity(folder: Storage, plan: Plan, data_sha256: str) -> None:
-    """Refuse another campaign, or other data, under the name of an old one. Raises ValueError."""
+def check_identity(folder: Storage, campaign: Campaign, data_sha256: str | None) -> None:
+    """Refuse another campaign, or other data (None: not looked at), under the name of an old one. Raises ValueError."""
     try:
         stored = _stored(folder)
     except FileNotFoundError:
         return
     if stored is None:
         return
-    new = json.loads(json.dumps(plan.campaign.identity() | {"data_sha256": data_sha256}))
-    if changed := differences(stored["identity"], new):
+    old = stored["identity"]
+    new = campaign.identity() | {"data_sha256": data_sha256 or old["data_sha256"]}
+    if changed := differences(old, json.loads(json.dumps(new))):
         more = f"; and {len(changed) - 12} more" if len(changed) > 12 else ""
         raise ValueError(
-            f"campaign {plan.campaign.config.name!r} exists as another (old → new): {'; '.join(changed[:12])}{more}. "
+            f"campaign {campaign.config.name!r} exists as another (old → new): {'; '.join(changed[:12])}{more}. "
             "Use the old values to go on with it, or choose another --name"
         )
 

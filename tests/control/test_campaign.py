@@ -157,6 +157,10 @@ def test_a_new_campaign_looks_packs_and_starts() -> None:
     packing = Packing({"a": 1, "b": 1, "c": 1}, 1, False, 2)
     assert first.packing == packing
     assert decide(plan, entries(OPENED, PACKED), Facts(), TWO_CPUS) == [Start("b", 1, packing), Start("a", 1, packing)]
+    resting = Facts(resting=frozenset("b"))
+    assert decide(plan, entries(OPENED, PACKED), resting, TWO_CPUS) == [Start("a", 1, packing), Start("c", 1, packing)]
+    one = plan_of(18, 50, 18, workers_per_member=1, max_at_once=1)
+    assert decide(one, entries(OPENED, PACKED), Facts(), TWO_CPUS) == [Start("b", 1, packing)]
     alive = Facts(alive=frozenset("ab"))
     assert decide(plan, entries(OPENED, PACKED), alive, TWO_CPUS) == [Wait("room on the cluster")]
 
@@ -168,6 +172,9 @@ def test_a_finished_campaign_needs_no_cluster() -> None:
     facts = replace(facts, ensemble=everyone)
     assert decide(plan, [], facts, None) == [WriteSubmission(("a", "b", "c"))]
     assert decide(plan, [], replace(facts, submission=everyone), None) == [Done()]
+    # A process that has published its scores may still tell MLflow; an ensemble of others is none of these.
+    assert decide(plan, [], replace(facts, alive=frozenset("a")), None) == [Wait("processes to end")]
+    assert decide(plan, [], replace(facts, ensemble=frozenset("ab")), None) == [BuildEnsemble(("a", "b", "c"))]
     only_val = plan_of(18, 18, 18, evaluation=replace(EVALUATION, splits=("val",)))
     assert decide(only_val, [], facts, None) == [Done()]
 
