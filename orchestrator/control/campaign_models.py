@@ -48,15 +48,7 @@ def manifest_text(ensemble: EnsembleNote) -> str:
 
 
 def _of_member(member: MemberNote, model: ModelRecord, run_id: str, link: str) -> Version:
-    tags = {
-        "kind": "member",
-        "member": member.name,
-        "url": words.model_url(model),
-        "sha256": model.sha256,
-        "weights_sha256": model.weights_sha256,
-        "checkpoint": masked(model.checkpoint),
-        "step": str(model.step),
-    }
+    tags = {"kind": "member", "url": words.model_url(model), "sha256": model.sha256}  # MLflow's list shows them all
     return Version(
         key=f"{member.name} {model.sha256}",
         alias=alias_of(member.name),
@@ -70,12 +62,7 @@ def _of_member(member: MemberNote, model: ModelRecord, run_id: str, link: str) -
 
 
 def _of_ensemble(note: CampaignNote, ensemble: EnsembleNote, run_id: str, link: str) -> Version:
-    tags = {
-        "kind": "ensemble",
-        "members": ", ".join(f"{weight:.4g} {name}" for name, weight in ensemble.weights.items()),
-        "url": masked(ensemble.url),
-        "sha256": ensemble_digest(ensemble),
-    }
+    tags = {"kind": "ensemble", "url": masked(ensemble.url), "sha256": ensemble_digest(ensemble)}
     if note.submission:
         tags["submission"] = masked(note.submission)
     return Version(

@@ -159,8 +159,8 @@ def member_version(member: MemberNote, link: str) -> str:
     m = member.model
     bn = f", batch norm's statistics over {m.precise_bn_images} images" if m.precise_bn_images else ""
     return (
-        f"**{network(member.config.model)}**, seed {member.config.seed}, member `{member.name}` ({link}): step {m.step}"
-        f"{bn}.\n\n"
+        f"{network(member.config.model)}, seed {member.config.seed}: member {member.name} at step {m.step}{bn}.\n\n"
+        f"- In MLflow: {link}\n"
         f"- Model: `{model_url(m)}`, SHA-256 `{m.sha256}`\n"
         f"- Of checkpoint: `{masked(m.checkpoint)}`, SHA-256 `{m.checkpoint_sha256}`\n"
         f"- Data set: SHA-256 `{m.data_sha256}`; code {m.code_version}"
@@ -171,7 +171,8 @@ def ensemble_version(note: CampaignNote, link: str) -> str:
     """What an ensemble's version is."""
     assert note.ensemble
     models = {member.name: member.model for member in note.members}
-    lines = [f"Ensemble of {len(note.ensemble.weights)} ({link}); manifest: `{masked(note.ensemble.url)}`", ""]
+    lines = [f"Ensemble of {len(note.ensemble.weights)}: {', '.join(note.ensemble.weights)}.", ""]
+    lines += [f"- In MLflow: {link}", f"- Manifest: `{masked(note.ensemble.url)}`"]
     for name, weight in note.ensemble.weights.items():
         model = models.get(name)
         what = f": `{model_url(model)}`, SHA-256 `{model.sha256}`" if model else ""

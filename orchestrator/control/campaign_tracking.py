@@ -22,6 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,7 +97,6 @@ class CampaignTracker:
         self._lock = threading.Lock()
         self._note: CampaignNote | None = None
         self._told_ms = 0
-        self._ensemble_ms = 0  # when the ensemble was told first
         self._status, self._reason = RunStatus.RUNNING, ""
         self._error: str | None = "not delivered yet"
 
@@ -125,8 +125,8 @@ class CampaignTracker:
             data=data,
         )
         self._store = MlflowCampaign(self._parent)
+        self._shown: CampaignNote | None = None  # the last state that MLflow has taken whole
         self._held: dict[str, set[int]] = {}
-        self._ended_ms: int | None = None  # by an earlier start, which has shown the same
         self._num_uploaded_figures = 0
         self._problems: list[str] = []
 
@@ -141,9 +141,6 @@ class CampaignTracker:
             if note == self._note:
                 return
             self._told_ms = time.time_ns() // 1_000_000
-            before = self._note.ensemble if self._note else None
-            if note.ensemble and (before is None or before.manifest != note.ensemble.manifest):
-                self._ensemble_ms = self._told_ms
             self._note = note
 
     def close(self, timeout_s: float, status: RunStatus, reason: str = "") -> CampaignDelivery:
@@ -179,7 +176,6 @@ class CampaignTracker:
 
     def _work(self) -> None:
         num_failures = 0
-        shown: CampaignNote | None = None
         not_before_s = not_after_s = 0.0
         while not self._abandoned.is_set():
             self._closing.wait(_LINGER_S)
@@ -187,7 +183,7 @@ class CampaignTracker:
             with self._lock:
                 note, told_ms = self._note, self._told_ms
             now_s = time.monotonic()
-            is_due = now_s >= not_before_s and (note != shown or now_s >= not_after_s)
+            is_due = now_s >= not_before_s and (note != self._shown or now_s >= not_after_s)
             if note is None:
                 if is_last:
                     with self._lock:
@@ -204,7 +200,7 @@ class CampaignTracker:
                     raise _IncompleteError("; ".join(self._problems))
                 if num_failures:
                     _log.info("tracking of campaign %s: MLflow shows it again", self._name)
-                num_failures, shown = 0, note
+                num_failures, self._shown = 0, note
                 with self._lock:
                     self._error = None
                 if is_last:
@@ -235,8 +231,6 @@ class CampaignTracker:
         """
         histories = {member.name: self._figure.history(member) for member in note.members}
         known_id = self._parent.run_id
-        if known_id is None:
-            self._ended_ms = self._store.ended_ms() or self._ended_ms
         begun_ms = min((one.first_ms for one in histories.values() if one.first_ms), default=told_ms)
         self._held = self._store.connect(begun_ms)
         if self._parent.run_id != known_id:
@@ -270,7 +264,11 @@ class CampaignTracker:
         except Exception as error:
             self._problems.append(f"figure: {one_line(error)}")
         if is_last and not self._problems:
-            self._parent.finish(status.value, self._ended_ms, first_line(reason))
+            written_ms = [_written_ms(url) for url in (note.submission, note.ensemble.url if note.ensemble else "")]
+            known_ms = [each for each in (*written_ms, *(one.last_ms for one in histories.values())) if each]
+            # When it was done, not when it was looked at again.
+            ended_ms = max(known_ms, default=None) if status is RunStatus.FINISHED else None
+            self._parent.finish(status.value, ended_ms, first_line(reason))
 
     # -- members ------------------------------------------------------------------------------------------------
 
@@ -301,6 +299,10 @@ class CampaignTracker:
         if delivery.error is not None:
             self._problems.append(f"member {member.name}: {delivery.error}")
 
+    def _ensemble_ms(self, note: CampaignNote) -> int:
+        """When the ensemble was made; where storage does not tell, when it was told of."""
+        return (_written_ms(note.ensemble.url) if note.ensemble else None) or self._told_ms
+
     def _log_numbers(self, note: CampaignNote, histories: Mapping[str, History], told_ms: int) -> None:
         """Members done over time, the best of them by then, and the ensemble's errors."""
         done = [member for member in note.members if member.end is RunStatus.FINISHED]
@@ -321,9 +323,8 @@ class CampaignTracker:
             latest, errors = self._store.latest(), words.shown(note.ensemble.errors)
             for key, value in ((f"ensemble_{test}", errors[test]) for test in words.tests_of(note) if test in errors):
                 if latest.get(key) != value:
-                    metrics.append((key, value, self._ensemble_ms, len(done)))
+                    metrics.append((key, value, self._ensemble_ms(note), len(done)))
         if metrics:
-            self._ended_ms = None  # this start adds something
             self._parent.log(metrics, {})
 
     # -- the ensemble -------------------------------------------------------------------------------------------
@@ -347,16 +348,17 @@ class CampaignTracker:
                 f" `{masked(note.ensemble.url)}`\n- Campaign: {self._store.link(str(self._parent.run_id), self._name)}",
                 data=self._parent.data,
             )
-            run.connect(self._ensemble_ms)
+            made_ms = self._ensemble_ms(note)
+            run.connect(made_ms)
             assert run.run_id is not None
             latest = found.data.metrics if found else {}
             errors = {k: v for k, v in words.shown(note.ensemble.errors).items() if latest.get(k) != v}
             step = sum(member.end is RunStatus.FINISHED for member in note.members)
-            run.log([(key, value, self._ensemble_ms, step) for key, value in errors.items()], {})
+            run.log([(key, value, made_ms, step) for key, value in errors.items()], {})
             self._store.put_text(run.run_id, "ensemble.json", manifest_text(note.ensemble))
             self._upload_figures(run, note.ensemble)
             run.log([], {_DIGEST_TAG: identity})  # last: all of it is there
-            run.finish("FINISHED", self._ensemble_ms)
+            run.finish("FINISHED", made_ms)
             run_id = run.run_id
         else:
             self._store.adopt(found)
@@ -372,3 +374,12 @@ class CampaignTracker:
                 path = Path(temporary) / url.removeprefix(f"{self._folder.url}/").replace("/", "-")
                 path.write_bytes(Storage(folder).read(name))
                 run.upload(path)
+
+
+def _written_ms(url: str) -> int | None:
+    """When the file at ``url`` was written, ms since 1970; None where that is not known."""
+    folder, _, name = url.rpartition("/")
+    with suppress(OSError, ValueError):
+        found = Storage(folder).listing().get(name)
+        return found.modified_ns // 1_000_000 if found and found.modified_ns else None
+    return None

@@ -71,12 +71,6 @@ class MlflowCampaign:
         found = runs_of(self._client, self.experiment_id, run_key)
         return min(found, key=lambda run: (-len(run.data.metrics), run.info.start_time), default=None)
 
-    def ended_ms(self) -> int | None:
-        """When the campaign's run was finished, by an earlier start; None where it was not. Needs no ``connect``."""
-        client, experiment_id = open_store(self.parent.uri, self.parent.experiment)
-        found = runs_of(client, experiment_id, self.parent.run_key)
-        return next((run.info.end_time for run in found if run.info.status == "FINISHED"), None)
-
     def latest(self) -> dict[str, float]:
         """The newest value of each metric of the campaign's run."""
         return dict(self._client.get_run(self.parent.run_id).data.metrics)

@@ -137,9 +137,11 @@ class Members:
 
     def ensemble(self, error: float, *names: str) -> EnsembleNote:
         weights = {name: 1 / len(names) for name in names}
+        manifest = {"weights": weights, "error": error}
+        self.storage.publish("ensemble/ensemble.json", json.dumps(manifest).encode())
         return EnsembleNote(
             url=f"{self.storage.url}/ensemble/ensemble.json",
-            manifest={"weights": weights, "error": error},
+            manifest=manifest,
             weights=weights,
             errors={TEN_CROP: error},
         )
@@ -184,9 +186,8 @@ def open_campaign(members: Members) -> Iterator[Callable[..., CampaignTracker]]:
 
 def shows(tracker: CampaignTracker, note: CampaignNote) -> None:
     """Tell it, and wait until MLflow has it."""
-    tracker._error = "not yet"
     tracker.tell(note)
-    wait_until(lambda: tracker._error is None)
+    wait_until(lambda: tracker._shown is note)
 
 
 def closed(tracker: CampaignTracker, status: RunStatus = FINISHED, reason: str = "") -> CampaignDelivery:
@@ -208,7 +209,9 @@ def everything(uri: str, experiment: str = "contest") -> dict[str, Any]:
         }
         artifacts = sorted(one.path for one in client.list_artifacts(run.info.run_id))
         times = (run.info.status, run.info.start_time, run.info.end_time)
-        held[run.info.run_name] = [times, history, run.data.tags, run.data.params, artifacts]
+        code = ("mlflow.source.", "code_version")  # another's commit while a test runs
+        tags = {key: value for key, value in run.data.tags.items() if not key.startswith(code)}
+        held[run.info.run_name] = [times, history, tags, run.data.params, artifacts]
     for model in client.search_registered_models():
         if model.tags.get("campaign") == experiment:
             aliases = {alias: str(version) for alias, version in model.aliases.items()}
@@ -297,12 +300,11 @@ def test_a_campaign_from_beginning_to_end_and_again_and_after_a_loss(
     assert held["model"][3] == {"net-1": "1", "net-2": "2", "net-3": "3", "champion": "4"}
     source, run_id, tags, about = held["version 2"]
     assert source == tags["url"] == f"{run_storage(members.config('net-2')).url}/model/000000040-last-bn0.safetensors"
-    assert (run_id, tags["sha256"], tags["weights_sha256"]) == ("<net-2>", "net-2-sha256", "net-2-weights")
+    assert (run_id, tags["sha256"]) == ("<net-2>", "net-2-sha256")
     assert tags[TEN_CROP] == "6.25"
     assert "c0ffee" in about
     source, run_id, tags, about = held["version 4"]
     assert (source, run_id) == (f"{members.storage.url}/ensemble/ensemble.json", "<contest ensemble>")
-    assert tags["members"] == "0.3333 net-1, 0.3333 net-2, 0.3333 net-3"
     assert "- 0.3333 × `net-3`: `" in about
     assert "`net-3-sha256`" in about
 
@@ -312,23 +314,19 @@ def test_a_campaign_from_beginning_to_end_and_again_and_after_a_loss(
     closed(three)
     assert everything(uri) == held
 
-    # The store is lost: all is there again from storage alone, but for the times at which the driver was told.
+    # The store is lost: all is there again, from storage alone.
     (tmp_path / "new").mkdir()
     uri = f"sqlite:///{tmp_path}/new/mlflow.db"
     four = open_campaign(uri)
     four.tell(final)
     closed(four)
     again = everything(uri)
-    assert again.keys() == held.keys()
-    for name, row in held.items():
-        if name.startswith(("version", "model")):
-            assert again[name] == row
-        elif name in names:
-            assert again[name][1] == row[1]
-            assert (again[name][0][0], again[name][3]) == (row[0][0], row[3])
-            assert again[name][2]["mlflow.parentRunId"] == "<contest>"
-    assert again["contest"][1]["members_done"] == held["contest"][1]["members_done"]
-    assert again["contest"][2][NOTE_TAG] == held["contest"][2][NOTE_TAG]
+    held["contest"][0][1] = again["contest"][0][1]  # when it began: was told then, is the first event's now
+    for name in names:  # at which start, by which command and until when a member was looked at
+        for row in (held[name], again[name]):
+            row[0][2] = 0
+            row[2] |= {"starts": "", NOTE_TAG: re.sub("command goes on: .*", "", row[2][NOTE_TAG])}
+    assert again == held
 
 
 def test_what_people_change_stays_and_a_new_ensemble_is_the_new_champion(
