@@ -2,11 +2,12 @@
 
     python benchmarks/evaluation.py --data URL [--recipe resnet50] [--images 0] [--repeats 3] [--quick]
 
-Three ways to the same scores (compared: the last lines say how far they are apart), side by side in one process and one
-run, taking turns, medians and ratios: ``together``, as the evaluation does it: every image decoded once for all scales,
-batches of one size; ``five_passes``: the whole split once for each scale, decoded every time, batches of one size;
-``one_by_one``: every image decoded once, a batch of its own. ``decode`` is the input side of ``together`` alone. An
-untrained network: what it says does not change how long it takes. The last line is machine-readable.
+Three ways to the same scores (compared: the output says how far they are apart), side by side in one process and one
+run, taking turns, medians and ratios, by the clock and in seconds of a processor: ``together``, as the evaluation does
+it: every image decoded once for all scales, batches of one size; ``five_passes``: the whole split once for each scale,
+decoded every time, batches of one size; ``one_by_one``: every image decoded once, a batch of its own. ``decode`` is the
+input side of ``together`` alone. An untrained network: what it says does not change how long it takes. The last line is
+machine-readable.
 """
 
 from __future__ import annotations
@@ -110,29 +111,38 @@ def main() -> int:
         "decode": lambda: go(whole, together, with_network=False),
     }
     speeds: dict[str, list[float]] = {kind: [] for kind in kinds}
+    work_s: dict[str, list[float]] = {kind: [] for kind in kinds}  # of processors, for one image
     scores: dict[str, np.ndarray] = {}
     go(whole, together[:2])  # libraries are loaded, caches filled
     for repeat in range(a.repeats):
         for kind in list(kinds)[:: 1 if repeat % 2 == 0 else -1]:
-            start = time.perf_counter()
+            start, worked = time.perf_counter(), time.process_time()
             scores[kind] = kinds[kind]()
             speeds[kind].append(len(chosen) / (time.perf_counter() - start))
+            work_s[kind].append((time.process_time() - worked) / len(chosen))
     chip = torch.cuda.get_device_name() if world.device.type == "cuda" else platform.processor() or "CPU"
     print(
         f"{a.recipe}, {len(chosen)} images in {len(together)} batches of up to {max(map(len, together))}, scales "
         f"{', '.join(map(str, whole.shorter_sides_px))}, {a.batch_megapixels} megapixels, {chip}, {cpus} CPU threads"
     )
     for kind, values in speeds.items():
-        print(f"{kind:>12}: {statistics.median(values):8.1f} images/s  (of {[round(v, 1) for v in values]})")
+        work = statistics.median(work_s[kind])
+        print(
+            f"{kind:>12}: {statistics.median(values):8.2f} images/s (of {[round(v, 2) for v in values]}), {work:.4f} "
+            f"processor seconds an image (of {[round(v, 4) for v in work_s[kind]]})"
+        )
     for kind in ("five_passes", "one_by_one"):
         print(f"{kind}: scores within {np.abs(scores[kind] - scores['together']).max():.1e} of those of together")
     if world.device.type == "cuda":
         print(f"peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
     medians = {kind: statistics.median(values) for kind, values in speeds.items()}
+    works = {kind: statistics.median(values) for kind, values in work_s.items()}
     print(
         " ".join(f"{kind}={value:.2f}" for kind, value in medians.items()),
         f"ratio_to_five_passes={medians['together'] / medians['five_passes']:.3f}",
         f"ratio_to_one_by_one={medians['together'] / medians['one_by_one']:.3f}",
+        f"work_ratio_to_five_passes={works['five_passes'] / works['together']:.3f}",
+        f"work_ratio_to_one_by_one={works['one_by_one'] / works['together']:.3f}",
     )
     return 0
 
