@@ -120,7 +120,7 @@ class CampaignTracker:
             name=name,
             run_key=folder.url,
             params=dict(flattened(params)),
-            tags={"kind": "campaign"},
+            tags={"kind": "campaign", "network": "campaign"},
             description=about,
             data=data,
         )

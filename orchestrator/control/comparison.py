@@ -44,6 +44,8 @@ def experiment_tags(experiment_id: str, time_ms: int) -> dict[str, str]:
         " data; `replaced_images` are those that could not be decoded.\n"
         "- Tag `changes`: what a run sets otherwise than its recipe. `starts`: how often it was started; it goes on in"
         " one row.\n"
+        "- A campaign is a row; its members and their ensemble unfold below it where the table is not sorted by a"
+        " metric.\n"
         "- Two runs in full: select them, then Compare, then *Show diff only*."
     )
     state = json.dumps(_view_state(), separators=(",", ":"))
@@ -57,6 +59,8 @@ def _view_state() -> dict[str, Any]:
         "metrics.`best_validation_top1_error`": 190,
         "metrics.`validation_top1_error`": 160,
         "metrics.`train_top1_error`": 130,
+        "metrics.`val_ten_crop_top1_error`": 180,
+        "metrics.`val_multi_scale_top1_error`": 190,
         "metrics.`epoch`": 70,
         "duration": 80,
         "tags.`network`": 110,
