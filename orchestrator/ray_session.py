@@ -77,7 +77,8 @@ def ray_session(address: str | None = None, num_cpus: int | None = None) -> Iter
             on_terminate = signal.getsignal(signal.SIGTERM)
             try:
                 ray.init(**({"address": address} if address else start), **quiet)
-                if threading.current_thread() is threading.main_thread():  # Ray sets its own
+                if on_terminate is not None and threading.current_thread() is threading.main_thread():
+                    # Ray sets its own.
                     signal.signal(signal.SIGTERM, on_terminate)
             except (ConnectionError, RuntimeError, ValueError) as error:
                 if not address:

@@ -87,7 +87,7 @@ class Account:
                 if event["best"]:
                     tags["best_checkpoint"] = cleaned_value(event["url"])
             case EventKind.SCORES:
-                metrics = test_errors(event)
+                metrics = errors_of_test(event)
                 if "top1_error" in event:
                     errors = f"{event['top1_error']:.2f} %, top-5 {event['top5_error']:.2f} %"
                     self._tests[f"{event['split']} by {event['protocol']}"] = errors
@@ -110,7 +110,7 @@ class Account:
         return f"**Result{UNTIL[status]}:** {text}"
 
 
-def test_errors(event: Mapping[str, Any]) -> dict[str, float]:
+def errors_of_test(event: Mapping[str, Any]) -> dict[str, float]:
     """Errors of a test, in percent by metric (``val_ten_crop_top1_error``); {} where the images have no labels."""
     where = f"{event['other_data']}_{event['split']}" if "other_data" in event else event["split"]
     kinds = [kind for kind in ("top1_error", "top5_error") if kind in event]

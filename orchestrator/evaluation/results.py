@@ -51,7 +51,7 @@ def tests_left(config: TrainConfig, record: ModelRecord, data_sha256: str) -> li
 
     def is_there(test: Test) -> bool:
         name = score_name(record.weights_sha256, config, data_sha256, test.split, test.protocol)
-        return name.removesuffix(".arrow") + ".json" in there
+        return {name, name.removesuffix(".arrow") + ".json"} <= there
 
     return [test for test in tests_of(config) if not is_there(test)]
 

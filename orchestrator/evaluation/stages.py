@@ -6,6 +6,7 @@ stands.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 from orchestrator.code_version import code_version
@@ -22,6 +23,8 @@ from orchestrator.training.pulse import Phase, Pulse, Wish
 from orchestrator.training.run import Outcome, finished, run_storage
 from orchestrator.training.trainer import train
 from orchestrator.world import World
+
+_LOOK_EVERY_S = 1.0
 
 
 def do_job(
@@ -110,6 +113,9 @@ def _test(
                 alive=alive,
                 waiting=waiting,
             )
-    # Where one waits for the others nobody is late but they.
+    # In storage: what the others have left to do after a restart may take longer than any collective waits.
+    while tests_left(config, record, data.digest):
+        waiting()
+        time.sleep(_LOOK_EVERY_S)
     pulse.at(Phase.DONE, record.step)
     world.barrier()

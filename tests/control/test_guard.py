@@ -95,6 +95,21 @@ def test_a_checkpoint_starts_the_count_of_restarts_anew() -> None:
     assert guard.refusal is not None
 
 
+def test_more_scores_are_progress_and_the_same_again_are_none() -> None:
+    guard = started()
+    for images in range(8, 160, 8):
+        for _ in range(LIMITS.max_stalled_restarts):
+            fail(guard, failure()) if images % 40 == 0 else None
+        guard.scored("val ten_crop", images)
+        guard.scored("test ten_crop", images)
+    assert guard.refusal is None
+    for _ in range(LIMITS.max_stalled_restarts + 1):
+        guard.scored("val ten_crop", 152)  # what the group before has done
+        assert guard.refusal is None
+        fail(guard, failure())
+    assert guard.refusal is not None
+
+
 def test_the_budget_refills_with_progress_and_only_with_it() -> None:
     guard = started()
     for step in range(50):  # a failure a checkpoint: for ever
@@ -276,3 +291,17 @@ def test_a_long_validation_that_moves_is_no_hang() -> None:
     for now in range(10, 300):
         beats = [beat(0, 15, Phase.VALIDATE, now // 10, now), beat(1, 15, Phase.VALIDATE, 7, now)]
         assert watchdog.look(now, "g", beats) is None
+
+
+def test_a_test_that_hangs_is_seen_also_where_nothing_was_trained_before() -> None:
+    watchdog = Watchdog(20)
+    for now in range(80):  # patience with the start
+        assert watchdog.look(now, "g", [beat(r, 0, Phase.FINISH, 1, now) for r in (0, 1)]) is None
+    for now in range(80, 200):
+        # The first worker waits for the scores of the other.
+        beats = [beat(0, 15, Phase.GATHER, 30, now), beat(1, 15, Phase.SCORE, 30, now)]
+        if hang := watchdog.look(now, "g", beats):
+            assert [b.rank for b in hang.late] == [1]
+            assert now == pytest.approx(100, abs=1)
+            return
+    raise AssertionError("no hang was seen")

@@ -18,14 +18,16 @@ import pytest
 from torch import Tensor, nn
 
 from jobs import evaluate
-from orchestrator.config import ModelConfig, TrainConfig
+from orchestrator.config import EvaluationConfig, ModelConfig, Protocol, TrainConfig
 from orchestrator.evaluation import scores
+from orchestrator.evaluation.results import result_events
+from orchestrator.evaluation.stages import do_job
 from orchestrator.storage import Storage
 from orchestrator.training.finished_model import find_models, finish_model
 from orchestrator.training.run import config_of
 from orchestrator.world import World
 from tests.jobs.conftest import Run
-from tests.training.group import options, run_to_end, small_config
+from tests.training.group import options, run_to_end, small_config, take_number
 from tests.training.networks import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -66,9 +68,15 @@ TESTS = ["--evaluation.protocols", "one_crop", "ten_crop", "--evaluation.splits"
 TESTS += ["--evaluation.precise-bn-images", "40"]
 
 
+def tracked(database: Path) -> list[str]:
+    """A database is made in seconds, or on a busy machine in a minute."""
+    return ["--tracking.uri", f"sqlite:///{database}", "--tracking.wait-s", "300"]
+
+
 def environment(tmp_path: Path) -> dict[str, str]:
     ours = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "IMAGENET_", "MLFLOW_"))}
-    return ours | {"PYTHONPATH": str(ROOT), TRAP: str(tmp_path / "trap"), "COLUMNS": "200"}
+    # The code's version is in the files: a commit in the middle of a test must not make them differ.
+    return ours | {"PYTHONPATH": str(ROOT), TRAP: str(tmp_path / "trap"), "COLUMNS": "200", "GIT_DIR": "/nowhere"}
 
 
 def files_of(run: Path) -> dict[str, bytes]:
@@ -91,7 +99,7 @@ def status_of(database: Path) -> list[str]:
 def test_ended_in_its_tests_it_ends_with_the_same_scores(prepared: Path, tmp_path: Path) -> None:
     config = trapped_config(prepared, tmp_path / "runs", "r")
     run, database, trap = tmp_path / "runs" / "r", tmp_path / "mlflow.db", tmp_path / "trap"
-    tracking = ["--tracking.uri", f"sqlite:///{database}"]
+    tracking = tracked(database)
     command = [sys.executable, str(ROOT / "jobs/imagenet.py"), "resnet18", *options(config), *TESTS, *tracking]
     command += ["--placement.num-workers", "2", "--placement.cpus-per-worker", "1"]
 
@@ -180,8 +188,8 @@ def test_what_cannot_be_tested_is_refused(typed: Run, tmp_path: Path, prepared: 
     one_crop = ("--evaluation.protocols", "one_crop")
     refused(saying="no test is asked for")
     refused(*one_crop, name="another", saying="there is no run")
-    refused(*one_crop, "--evaluation.splits", "tset", saying="has no split 'tset': it has train, val, test")
-    refused("--evaluation.protocols", "multi_scale", saying="multi_scale needs a network that takes whole images")
+    refused(*one_crop, "--evaluation.splits", "tset", saying="has no split 'tset': it has test, train, val")
+    refused("--evaluation.protocols", "multi_scale", saying="_Small has no forward_features")
     refused(*one_crop, "--data", str(tmp_path / "nothing"), saying="no prepared data set at")
 
     # Other data: not before the model is finished, and never with other classes.
@@ -209,6 +217,37 @@ def test_what_cannot_be_tested_is_refused(typed: Run, tmp_path: Path, prepared: 
         "val by one_crop: to come",
     ):
         assert fact in " ".join(text.split()), text
+
+
+def test_results_are_delivered_at_a_later_start(typed: Run, tmp_path: Path, prepared: Path) -> None:
+    """The journal is closed when the tests begin, and MLflow may have been away, or have lost all of it."""
+    config = small_config(prepared, tmp_path / "runs", "r", model=ModelConfig(factory="tests.training.networks:tiny"))
+    config = replace(config, schedule=replace(config.schedule, max_steps=2))
+    run_to_end(config, 1)
+    tested = replace(config, evaluation=EvaluationConfig((Protocol.ONE_CROP, Protocol.TEN_CROP), ("test", "val")))
+    told: list[dict[str, object]] = []
+    attempt = take_number(Storage(str(tmp_path / "runs" / "r")))
+    outcome = do_job(tested, World(), attempt=attempt, cpus=1, emit=told.append)
+    assert outcome is not None
+    results = [event for event in told if event["kind"] == "scores"]
+    assert [(event["split"], event["protocol"]) for event in results] == [
+        (split, protocol) for split in ("test", "val") for protocol in ("one_crop", "ten_crop")
+    ]
+    assert results == result_events(Storage(str(tmp_path / "runs" / "r")))
+    # Validation has seen the same views: these errors are those of the end of training.
+    assert results[2]["top1_error"] == pytest.approx(outcome.validation_top1_error, abs=1e-9)
+
+    for name in ("mlflow.db", "mlflow.db", "another.db"):
+        database = tmp_path / name
+        code, text = typed("resnet18", *options(tested), *tracked(database), *TESTS[:6])
+        assert code == 0, text
+        assert f"val by one_crop: {outcome.validation_top1_error:.2f} % top-1" in " ".join(text.split())
+        shown = metrics_of(database)
+        assert [(key, step) for key, _, step in shown] == [
+            (f"val_{protocol}_{kind}_error", 2) for protocol in ("one_crop", "ten_crop") for kind in ("top1", "top5")
+        ]
+        assert shown[0][1] == pytest.approx(outcome.validation_top1_error, rel=1e-5)
+        assert status_of(database) == ["FINISHED"]
 
 
 def _port() -> int:

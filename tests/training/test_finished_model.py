@@ -195,9 +195,12 @@ def test_of_equal_weights_they_are_what_the_moving_averages_tend_to() -> None:
     """Torch's own cumulative average over the same groups: equal means; its variance is within groups alone."""
     torch.manual_seed(0)
     groups = [torch.randn(8, 3, 16, 16) * (1 + n) + n for n in range(5)]
-    model = nn.Sequential(nn.Conv2d(3, 6, 3), BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3), BatchNorm2d(4))
-    layers = {1: nn.BatchNorm2d(6, momentum=None), 4: nn.BatchNorm2d(4, momentum=None)}
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3), BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.5), nn.Conv2d(6, 4, 3), BatchNorm2d(4)
+    )
+    layers = {1: nn.BatchNorm2d(6, momentum=None), 5: nn.BatchNorm2d(4, momentum=None)}
     theirs = copy.deepcopy(model)
+    theirs[3] = nn.Identity()  # as in a test nothing is dropped
     for place, layer in layers.items():
         theirs[place] = layer
 
