@@ -18,7 +18,6 @@ import json
 import os
 import shlex
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +30,7 @@ from rich.live import Live
 from rich.text import Text
 
 from jobs import command_line, imagenet
+from jobs.campaign_display import Display, console_of_table, pause_s
 from orchestrator.config import EvaluationConfig, Protocol, TrainConfig
 from orchestrator.control import campaign_driver, campaign_status
 from orchestrator.control.campaign import Done, decide
@@ -46,8 +46,6 @@ from orchestrator.ray_session import Cluster
 from orchestrator.storage import Storage
 from orchestrator.training.ownership import SupersededError
 
-_LOOK_EVERY_S, _LINES_EVERY_S = 5.0, 30.0
-_FILE_WIDTH = 200
 _GOES_ON = "nothing that is done is lost: the same command goes on"
 # Fields of a member that the campaign sets.
 _OF_THE_CAMPAIGN = ("data", "storage", "name", "seed", "evaluation", "placement", "guard", "tracking")
@@ -227,7 +225,7 @@ def _value(text: str) -> Any:
 
 def run(command: Command) -> int:
     """Train, score, average, submit, or tell what that would do. Returns the exit code."""
-    console = _console()
+    console = console_of_table()
     campaign = campaign_driver.resolve(command.campaign)
     opened = campaign_driver.check(campaign)
     if command.dry_run:
@@ -239,7 +237,7 @@ def run(command: Command) -> int:
         tracker.tell(note_of(opened.folder, campaign, recipes, status))
 
     ending, reason = RunStatus.FAILED, ""
-    with _Display(console, opened.folder, seen) as display:
+    with Display(console, opened.folder, seen) as display:
         try:
             Driver(
                 opened,
@@ -289,69 +287,6 @@ def _open_tracker(opened: Opened, console: Console) -> CampaignTracker:
     )
 
 
-def _console() -> Console:
-    """A table in a file or pipe is not squeezed into 80 columns."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else _FILE_WIDTH)
-
-
-class _Display:
-    """Lines as they are told; below them the table of members, or now and then a line each where nobody looks on.
-
-    ``seen`` is given every look at the campaign's folder, in a thread.
-    """
-
-    def __init__(self, console: Console, folder: Storage, seen: Callable[[campaign_status.Status], None]) -> None:
-        self._console, self._folder, self._seen = console, folder, seen
-        self._live = Live(Text(""), console=console, auto_refresh=False) if console.is_terminal else None
-        self._end, self._wake = threading.Event(), threading.Event()
-        self._last_lines_s = time.monotonic()
-        self._thread = threading.Thread(target=self._show, name="display", daemon=True)
-
-    def __enter__(self) -> _Display:
-        if self._live is not None:
-            self._live.__enter__()
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        if self._live is not None:
-            self._live.update(Text(""), refresh=True)
-            self._live.__exit__(*exception)
-
-    def tell(self, text: str) -> None:
-        """Show a line."""
-        # A terminal that is gone (| head) must not end the campaign: rich leaves with SystemExit.
-        with contextlib.suppress(OSError, SystemExit):
-            self._console.print(Text(f"{time.strftime('%H:%M:%S')}  {text}"), soft_wrap=self._live is None)
-
-    def wake(self) -> None:
-        """Something has changed."""
-        self._wake.set()
-
-    def look(self) -> None:
-        """The last look, in this thread."""
-        self._end.set()
-        self._wake.set()
-        self._thread.join(timeout=10)
-        with contextlib.suppress(OSError, ValueError):
-            self._seen(campaign_status.read(self._folder))
-
-    def _show(self) -> None:
-        while not self._end.is_set():
-            self._wake.wait(_LOOK_EVERY_S)
-            self._wake.clear()
-            with contextlib.suppress(OSError, ValueError, SystemExit):
-                status = campaign_status.read(self._folder)
-                self._seen(status)
-                if self._live is not None:
-                    self._live.update(campaign_status.table(status), refresh=True)
-                elif time.monotonic() - self._last_lines_s > _LINES_EVERY_S:
-                    self._last_lines_s = time.monotonic()
-                    for row in status.rows:
-                        if row.is_running:
-                            self.tell(campaign_status.line(row))
-
-
 def _dry_run(opened: Opened, console: Console) -> int:
     """Members, workers on this machine or the cluster, and what comes next."""
     from orchestrator.control.dry_run import machines_of
@@ -387,14 +322,14 @@ def status(argv: Sequence[str]) -> int:
     options = tyro.cli(_StatusOptions, args=list(argv), default=default, prog=f"python {Path(sys.argv[0])} status")
     if not options.storage or not options.name:
         raise ValueError("status needs --storage URL (or IMAGENET_STORAGE) and --name NAME of the campaign")
-    folder, console = Storage(options.storage).sub(options.name), _console()
+    folder, console = Storage(options.storage).sub(options.name), console_of_table()
     first = campaign_status.table(campaign_status.read(folder))
     if not options.watch:
         console.print(first)
         return 0
     with Live(first, console=console, auto_refresh=False) as live:
         while True:
-            time.sleep(_LOOK_EVERY_S)
+            time.sleep(pause_s(folder))
             with contextlib.suppress(OSError):
                 live.update(campaign_status.table(campaign_status.read(folder)), refresh=True)
 

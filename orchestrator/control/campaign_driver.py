@@ -141,12 +141,11 @@ class Driver:
         tell: Tell,
         changed: Callable[[], None] = lambda: None,
     ) -> None:
-        self._folder, self._plan, self._data_sha256 = opened.folder, opened.plan, opened.data_sha256
-        self._campaign = opened.plan.campaign
+        self._opened, self._folder, self._plan = opened, opened.folder, opened.plan
+        self._campaign, self._data_sha256 = opened.plan.campaign, opened.data_sha256
         self._configs = self._campaign.run_configs()
         self._command, self._argv, self._recipes = command, argv, recipes
         self._tell, self._changed = tell, changed
-        self._opened = opened
         self._children: dict[str, MemberProcess] = {}
         self._orphans: dict[str, Process] = {}  # of a driver that was killed
         self._rests_until_s: dict[str, float] = {}
@@ -252,14 +251,12 @@ class Driver:
             # Nothing is kept open: the campaign outlives a head that is started again.
             try:
                 with ray_session(given) as cluster:
-                    self._cluster = cluster
+                    self._cluster, self._address = cluster, given
             except ValueError as error:
                 if not self._address:
                     raise
                 self._tell(str(error))
                 self._wait("the cluster")
-            else:
-                self._address = given
             self._looked_s = time.monotonic()
 
     def _pack(self, packing: Packing) -> None:
