@@ -71,8 +71,7 @@ class ScoreRecord:
     info: ScoresInfo
 
     def to_bytes(self) -> bytes:
-        plain = {"name": Path(self.name).name, "nbytes": self.nbytes, "sha256": self.sha256}
-        record = {**plain, "info": self.info.to_json()}
+        record = {"nbytes": self.nbytes, "sha256": self.sha256, "info": self.info.to_json()}
         return (json.dumps({"sha256": digest(record), "record": record}, indent=1, sort_keys=True) + "\n").encode()
 
 
@@ -229,8 +228,6 @@ def read_record(storage: Storage, name: str) -> ScoreRecord | None:
         plain = content["record"]
         if content["sha256"] != digest(plain):
             raise ValueError("its SHA-256 is not the recorded one")
-        if plain["name"] != Path(name).name:
-            raise ValueError(f"it belongs to {plain['name']}")
         return ScoreRecord(name, plain["nbytes"], plain["sha256"], ScoresInfo.from_json(plain["info"]))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(

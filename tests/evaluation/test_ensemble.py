@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 
 from orchestrator.data.shards import ClassInfo
-from orchestrator.evaluation import ensemble, ranking, scores
+from orchestrator.evaluation import ensemble, ranking, scores, submission
 from orchestrator.evaluation.ensemble import Choice, Ensemble
 from orchestrator.evaluation.scores import Scores
 from orchestrator.storage import Storage
 from tests.evaluation.score_files import info_of, member, softmax
 from tests.evaluation.test_contest import in_memory
+from tests.s3_server import BUCKET, S3Server
 
 N, C = 80, 7
 
@@ -100,6 +101,19 @@ def test_what_is_there_is_not_made_again(tmp_path: Path, monkeypatch: pytest.Mon
     assert contents(tmp_path / "out") == before
     assert build(files, tmp_path / "out", seed=1).inputs != made.inputs
     assert build(files[:2], tmp_path / "out").weights == {"a": 1.0, "b": 1.0}
+
+
+def test_in_an_object_store(s3: S3Server, tmp_path: Path) -> None:
+    """The same bytes as on a disk, and a submission from there."""
+    files = [*three(tmp_path), *three(tmp_path, "test", 1, labelled=False)]
+    build(files, tmp_path / "out")
+    bucket = Storage(f"s3://{BUCKET}/ensemble")
+    made = ensemble.build(files, bucket, code_version="abc")
+    assert {name: bucket.read(name) for name in bucket.find()} == contents(tmp_path / "out")
+    assert ensemble.build(files, bucket, code_version="abc") == made
+    file = scores.load(f"{bucket.url}/{made.scores['test']}")
+    written = submission.write(file, bucket, "submission.txt", code_version="abc")
+    bucket.read("submission.txt", written.sha256)
 
 
 def test_one_member_is_an_ensemble(tmp_path: Path) -> None:
