@@ -275,6 +275,11 @@ def farthest_number(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], kind
     return max(float((a[n] - b[n]).abs().max() / a[n].abs().max().clamp_min(1e-6)) for n in a if kind in n)
 
 
+def farthest_norm(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], kind: str) -> float:
+    """Largest norm of a difference of two tensors whose name holds ``kind``, relative to the tensor's own."""
+    return max(float((a[n] - b[n]).norm() / a[n].norm().clamp_min(1e-6)) for n in a if kind in n)
+
+
 EVERY_FAULT = "FAULT_SEEDS" in os.environ  # "make test-faults"; "make test" has a small form
 
 
