@@ -89,6 +89,14 @@ def ray_session(address: str | None = None, num_cpus: int | None = None) -> Iter
                     f"the Ray cluster at {address} cannot be used ({error}): its token (RAY_AUTH_MODE=token, "
                     "RAY_AUTH_TOKEN_PATH) and its versions of Ray and Python must be those of this process"
                 ) from None
+            except Exception as error:
+                if type(error) is not Exception:
+                    raise
+                # Ray's own, bare, where a node of its does not come up in time.
+                raise OSError(
+                    f"Ray did not start in time ({error}): the machine is busy or short of memory; the same command "
+                    "tries again"
+                ) from None
             try:
                 yield _cluster()
             finally:
