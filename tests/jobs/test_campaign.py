@@ -80,7 +80,7 @@ class Driven:
                 start_new_session=True,
             )
 
-    def end_when(self, reached: Callable[[], bool], number: signal.Signals, timeout_s: float = 240) -> int:
+    def end_when(self, reached: Callable[[], bool], number: signal.Signals, timeout_s: float = 900) -> int:
         """Send signal ``number`` once ``reached`` holds; the exit code."""
         until_s = time.monotonic() + timeout_s
         while not reached():
@@ -97,7 +97,7 @@ class Driven:
                     _kill(each)
         return code
 
-    def wait(self, timeout_s: float = 300) -> int:
+    def wait(self, timeout_s: float = 900) -> int:
         return self.process.wait(timeout_s)
 
     def text(self) -> str:
@@ -122,7 +122,7 @@ def alive_members(folder: Path) -> list[int]:
     return [pid for pid in pids if psutil.pid_exists(pid) and "member.py" in " ".join(_command_of(psutil.Process(pid)))]
 
 
-def wait_for(reached: Callable[[], bool], otherwise: str, timeout_s: float = 120) -> None:
+def wait_for(reached: Callable[[], bool], otherwise: str, timeout_s: float = 300) -> None:
     until_s = time.monotonic() + timeout_s
     while not reached():
         assert time.monotonic() < until_s, otherwise
@@ -186,7 +186,7 @@ def clean(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for process in processes:
         process.start()
     for process in processes:
-        process.join(240)
+        process.join(600)
         assert process.exitcode == 0
     publish(what)
     return storage / "c"
@@ -207,7 +207,7 @@ def submission(folder: Path) -> bytes:
 # -- tests ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(3000)
 @pytest.mark.parametrize("seed", fault_seeds())
 def test_killed_anywhere_a_campaign_ends_with_the_same_submission(
     seed: int, clean: Path, prepared: Path, tmp_path: Path, typed: Run
@@ -265,7 +265,7 @@ def check_journal(entries: list[Entry]) -> None:
     assert entries[-1].kind is Kind.DONE
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1500)
 def test_a_member_that_fails_for_good(clean: Path, prepared: Path, tmp_path: Path) -> None:
     """Two members are done already; the third cannot be trained."""
     for name in ("r18-a", "r18-b"):
