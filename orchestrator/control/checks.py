@@ -20,7 +20,7 @@ from orchestrator.data.pipeline import Mean
 from orchestrator.data.shards import DataSet, Split
 from orchestrator.data.views import ColourAxes, TestView, TrainView
 from orchestrator.evaluation.protocols import check_protocols
-from orchestrator.evaluation.results import is_more_than_training, tests_of
+from orchestrator.evaluation.results import all_tests, is_more_than_training
 from orchestrator.remote import StoreUnreachableError
 from orchestrator.storage import Storage
 from orchestrator.training.assembly import build_model, views_of
@@ -215,7 +215,7 @@ def _look_at_tests(start: Start) -> tuple[Verdict, str]:
             f"storage {config.storage!r} has {free / 1e9:.2f} GB free where the finished model and its scores need "
             f"{needed / 1e9:.2f} GB: make room, or ask for fewer tests"
         )
-    return Verdict.OK, ", ".join(map(str, tests_of(config))) or "a finished model, and no tests"
+    return Verdict.OK, ", ".join(map(str, all_tests(config))) or "a finished model, and no tests"
 
 
 def _look_at_tested(start: Start) -> tuple[Verdict, str]:

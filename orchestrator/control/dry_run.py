@@ -38,7 +38,7 @@ from orchestrator.control.facts import (
 )
 from orchestrator.control.mlflow_store import masked
 from orchestrator.data.pipeline import EvalInput, TrainInput
-from orchestrator.evaluation.results import is_more_than_training, is_tested, tests_left, tests_of
+from orchestrator.evaluation.results import all_tests, is_more_than_training, is_tested, missing_tests
 from orchestrator.ray_session import Cluster, Node, ray_session
 from orchestrator.storage import Storage
 from orchestrator.training.assembly import decode_settings, sample_stream
@@ -238,12 +238,12 @@ class _Rehearsal:
     def _test_facts(self) -> TestFacts | None:
         if not is_more_than_training(self._config):
             return None
-        tests = tests_of(self._config)
+        tests = all_tests(self._config)
         record, left = None, tests
         with suppress(Exception):  # the checks say why
             record = find_model(self._config)
             data = self._start.data
-            left = tests_left(self._config, record, data.digest if data else record.data_sha256) if record else tests
+            left = missing_tests(self._config, record, data.digest if data else record.data_sha256) if record else tests
         done = tuple((test, test not in left) for test in tests)
         e = self._config.evaluation
         return TestFacts(e.checkpoint, e.precise_bn_images, record is not None, done)

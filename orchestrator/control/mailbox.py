@@ -101,8 +101,8 @@ class Mailbox:
                 self._guard.saved(event["step"])
             elif event["kind"] == "start":
                 self._guard.goes_on_from(event["step"])
-            elif event["kind"] == "evaluation":
-                self._guard.scored(f"{event['split']} {event['protocol']}", event["images"])
+            elif event["kind"] == "scoring":
+                self._guard.scored(f"{event['split']} {event['protocol']}", event["done"])
         self._events += events
 
     def failed(self, group: str, rank: int, failure: Failure) -> bool:

@@ -82,7 +82,7 @@ class Terminal:
             case "test":
                 self._test = {}
                 self._say(f"testing step {event['step']}: {name_of_test(event)}")
-            case "evaluation":
+            case "scoring":
                 self._test = event
                 if self._live is None and time.monotonic() - self._last_plain_s > _PLAIN_PROGRESS_EVERY_S:
                     self._plain()
@@ -121,7 +121,7 @@ class Terminal:
 
     def _test_line(self) -> str:
         t = self._test
-        parts = [f"{self._name}  {name_of_test(t)}  {t['images']}/{t['of']} images"]
+        parts = [f"{self._name}  {name_of_test(t)}  {t['done']}/{t['total']} images"]
         if t["images_per_s"] > 0:
             parts.append(f"{t['images_per_s']:.1f} images/s a worker")
         return " · ".join(parts)

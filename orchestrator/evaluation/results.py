@@ -34,7 +34,7 @@ class Test:
         return f"{self.split} by {self.protocol.value}"
 
 
-def tests_of(config: TrainConfig) -> list[Test]:
+def all_tests(config: TrainConfig) -> list[Test]:
     """What ``config`` asks for, in the order in which it is done."""
     e = config.evaluation
     return [Test(split, protocol) for split in e.splits for protocol in e.protocols]
@@ -45,7 +45,7 @@ def is_more_than_training(config: TrainConfig) -> bool:
     return bool(config.evaluation.protocols or config.evaluation.precise_bn_images)
 
 
-def tests_left(config: TrainConfig, record: ModelRecord, data_sha256: str) -> list[Test]:
+def missing_tests(config: TrainConfig, record: ModelRecord, data_sha256: str) -> list[Test]:
     """Those whose scores are not there yet: one listing."""
     there = set(run_storage(config).files(scores.FOLDER))
 
@@ -53,7 +53,7 @@ def tests_left(config: TrainConfig, record: ModelRecord, data_sha256: str) -> li
         name = score_name(record.weights_sha256, config, data_sha256, test.split, test.protocol)
         return {name, name.removesuffix(".arrow") + ".json"} <= there
 
-    return [test for test in tests_of(config) if not is_there(test)]
+    return [test for test in all_tests(config) if not is_there(test)]
 
 
 def is_tested(config: TrainConfig, data_sha256: str | None = None) -> bool:
@@ -61,7 +61,7 @@ def is_tested(config: TrainConfig, data_sha256: str | None = None) -> bool:
     if not is_more_than_training(config):
         return True
     record = find_model(config)
-    return record is not None and not tests_left(config, record, data_sha256 or record.data_sha256)
+    return record is not None and not missing_tests(config, record, data_sha256 or record.data_sha256)
 
 
 # -- results --------------------------------------------------------------------------------------------------------
@@ -90,7 +90,7 @@ def results_of(config: TrainConfig, data_sha256: str | None = None) -> list[Even
         return []
     by_file = {event["file"]: event for event in result_events(run_storage(config))}
     sha256 = data_sha256 or record.data_sha256
-    names = [score_name(record.weights_sha256, config, sha256, t.split, t.protocol) for t in tests_of(config)]
+    names = [score_name(record.weights_sha256, config, sha256, t.split, t.protocol) for t in all_tests(config)]
     return [by_file[name] for name in names if name in by_file]
 
 

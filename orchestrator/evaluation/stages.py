@@ -13,7 +13,7 @@ from orchestrator.code_version import code_version
 from orchestrator.config import TrainConfig
 from orchestrator.data.shards import DataSet
 from orchestrator.evaluation.evaluate import evaluate
-from orchestrator.evaluation.results import RESULT, is_more_than_training, result_event, tests_left
+from orchestrator.evaluation.results import RESULT, is_more_than_training, missing_tests, result_event
 from orchestrator.storage import Storage
 from orchestrator.training.failures import PreemptedError
 from orchestrator.training.finished_model import finish_model, load_model, read_model
@@ -84,7 +84,7 @@ def _test(
     # -- score ------------------------------------------------------------------------------------------------------
     pulse.at(Phase.SCORE, record.step)
     data = DataSet(Storage(config.data))
-    if left := tests_left(config, record, data.digest):
+    if left := missing_tests(config, record, data.digest):
         tensors = read_model(run, record)
         mean = tensors.pop("input/mean")
         model = load_model(config, record.num_classes, tensors, f"{run.url}/{record.file}").to(world.device)
@@ -114,7 +114,7 @@ def _test(
                 waiting=waiting,
             )
     # In storage: what the others have left to do after a restart may take longer than any collective waits.
-    while tests_left(config, record, data.digest):
+    while missing_tests(config, record, data.digest):
         waiting()
         time.sleep(_LOOK_EVERY_S)
     pulse.at(Phase.DONE, record.step)

@@ -120,14 +120,8 @@ def test_after_a_refusal_nobody_starts() -> None:
 def test_scores_are_progress_for_the_guard() -> None:
     mailbox = opened(max_stalled_restarts=1, max_failures=100)
     for number in range(1, 8):
-        progress = {
-            "split": "val",
-            "protocol": "ten_crop",
-            "images": min(8 * number, 40),
-            "of": 40,
-            "images_per_s": 1.0,
-        }
-        mailbox.put([{"kind": "evaluation", **progress}])
+        scored = {"split": "val", "protocol": "ten_crop", "done": min(8 * number, 40), "total": 48}
+        mailbox.put([{"kind": "scoring", **scored, "images_per_s": 1.0}])
         mailbox.failed(f"{number - 1}" if number > 1 else "a", 0, Failure(FailureClass.INFRASTRUCTURE, "worker 0", "?"))
         begun = begin(mailbox, str(number), 2)
         assert begun[0][0] == (number < 6), number  # nothing new after the 5th
