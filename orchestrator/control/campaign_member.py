@@ -37,7 +37,7 @@ def score_urls(config: TrainConfig, data_sha256: str) -> dict[results.Test, str]
     assert model is not None, run.url
     return {
         test: f"{run.url}/{score_name(model.weights_sha256, config, data_sha256, test.split, test.protocol)}"
-        for test in results.tests_of(config)
+        for test in results.all_tests(config)
     }
 
 
