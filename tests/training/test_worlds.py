@@ -107,7 +107,7 @@ def test_workers_that_share_groups_come_and_go(
     # step of four): one channel of one layer, a few percent in those before it.
     assert farthest_number(one[1], many[1], "running_") < 1e-4
     assert farthest_norm(one[1], many[1], "momentum/") < 0.1
-    assert farthest_number(one[6], many[6], "running_") < 1e-3
+    assert farthest_number(one[6], many[6], "running_") < 1e-2  # five steps after a flip
     far = farthest_loss(run_path, alone)
     with capsys.disabled():
         print(f"\nworkers 4, 1, 2 on two groups (seed {seed}): losses within {far:.1e} (limit {_TOLERANCE:.0e})")
