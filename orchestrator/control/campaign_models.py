@@ -62,7 +62,7 @@ def _of_member(member: MemberNote, model: ModelRecord, run_id: str, link: str) -
 
 
 def _of_ensemble(note: CampaignNote, ensemble: EnsembleNote, run_id: str, link: str) -> Version:
-    tags = {"kind": "ensemble", "url": masked(ensemble.url), "sha256": ensemble_digest(ensemble)}
+    tags = {"kind": "ensemble", "url": masked(ensemble.url)}
     if note.submission:
         tags["submission"] = masked(note.submission)
     return Version(
