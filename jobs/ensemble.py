@@ -4,7 +4,7 @@
 
 Give the files of all members and of all splits (val and test): members are told apart by their models. In OUT: the
 averaged scores (a score file, from which jobs/submission.py writes), report.md and report.json, figures, and
-ensemble.json, the manifest. The same command again changes nothing.
+ensemble.json, the manifest. The same command again changes nothing; with other files, what was in OUT is replaced.
 """
 
 from __future__ import annotations
@@ -49,8 +49,9 @@ def main() -> int:
         raise ValueError("--greedy chooses the weights: leave --weights out, or --greedy")
     choice = Choice.GREEDY if arguments.greedy else Choice.GIVEN if arguments.weights else Choice.PLAIN
     out = Storage(arguments.out)
+    files = [scores.load(url) for url in arguments.scores]
     made = ensemble.build(
-        [scores.load(url) for url in arguments.scores],
+        files,
         out,
         choice=choice,
         weights=arguments.weights,
@@ -59,6 +60,8 @@ def main() -> int:
         code_version=code_version(),
     )
     show(made, out)
+    if own := sum(ensemble.is_own(file, out) for file in files):
+        print(f"note: {own} of the score files given are averages that were made in --out: they were left out")
     return 0
 
 

@@ -118,7 +118,7 @@ class LabelledAnalysis:
 
 @dataclass(frozen=True)
 class SplitAnalysis:
-    """num_undecodable: images that count as wrong because a member could not decode them."""
+    """num_undecodable: images that count as wrong because no member with a weight could decode them."""
 
     num_images: int
     num_labelled: int
@@ -146,10 +146,16 @@ def analyse(
     return SplitAnalysis(
         num_images=len(labels),
         num_labelled=int(truth.sum()),
-        num_undecodable=int((~np.logical_and.reduce([file.decoded for file in files])).sum()),
+        num_undecodable=int((~decoded_by_any(files, weights)).sum()),
         agreement=_agreement(names, tops[:-1], wrong[:, truth]),
         labelled=None if contest is None else _labelled(files[0], names, weights, tops[-1], contest, greedy, seed),
     )
+
+
+def decoded_by_any(files: Sequence[Scores], weights: Sequence[float]) -> np.ndarray:
+    """[N] bool: what at least one of the files with a weight has decoded."""
+    found: np.ndarray = np.logical_or.reduce([f.decoded for f, w in zip(files, weights, strict=True) if w])
+    return found
 
 
 def _agreement(names: Sequence[str], tops: np.ndarray, wrong: np.ndarray) -> tuple[Agreement, ...]:

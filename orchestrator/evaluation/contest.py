@@ -6,7 +6,8 @@ are left an image. Only these rivals are kept, in a temporary file, so that hund
 one pass over the score files, and the memory is bounded.
 
 An average is summed in float64 in the order of the members, divided by the sum of the weights, and rounded to float32:
-here as in the ensemble's own score file, so that both say the same of every image.
+here as in the ensemble's own score file, so that both say the same of every image. A member that could not decode an
+image has no part in that image's average.
 """
 
 from __future__ import annotations
@@ -26,15 +27,23 @@ _CLOSE = 2.0**-20
 _CHUNK_BYTES = 16 << 20  # of all members' scores at a time
 
 
-def average(values: Iterable[np.ndarray], weights: Sequence[float]) -> np.ndarray:
-    """Weighted average of float32 arrays of one shape, as float32. Weights are at least 0, and not all 0."""
-    total: np.ndarray | None = None
-    for value, weight in zip(values, weights, strict=True):
-        if weight:
-            part = np.multiply(value, weight, dtype=np.float64)
-            total = part if total is None else np.add(total, part, out=total)
+def average(values: Iterable[np.ndarray], weights: Sequence[float], decoded: Sequence[np.ndarray]) -> np.ndarray:
+    """Weighted average of M float32 arrays of one shape, [n] or [n, C], as float32.
+
+    weights: [M], at least 0, and not all 0. decoded: M times [n] bool. Of an image that no member with a weight has
+    decoded it is the average of what they have: the class prior, in score files.
+    """
+    used = [each for each in zip(values, weights, decoded, strict=True) if each[1]]
+    by_none = ~np.logical_or.reduce([seen for _, _, seen in used])
+    total = divisor = None
+    for value, weight, seen in used:
+        share = np.where(seen | by_none, float(weight), 0.0)
+        part = np.multiply(value, share.reshape(-1, *[1] * (value.ndim - 1)), dtype=np.float64)
+        total = part if total is None else np.add(total, part, out=total)
+        divisor = share if divisor is None else divisor + share
     assert total is not None, weights
-    total /= sum(weights)
+    assert divisor is not None
+    total /= divisor.reshape(-1, *[1] * (total.ndim - 1))
     return total.astype(np.float32)
 
 
@@ -102,19 +111,20 @@ class Contest:
         against = own[part.rows]
         comes_before = (rivals > against) | ((rivals == against) & part.is_lower)
         ranks = np.bincount(part.rows[comes_before], minlength=len(own))
-        # Of an image that one member could not decode the average knows less than it says.
-        ranks[part.undecoded[list(members)].any(axis=0)] = self.num_classes
+        ranks[part.undecoded[list(members)].all(axis=0)] = self.num_classes
         return ranks
 
     def ranks(self, weights: Sequence[float]) -> np.ndarray:
         """How many classes come before each image's own in the average with these weights: [N] int32.
 
-        As ``ranking.ranks`` of the averaged scores; C where a member with a weight has not decoded the image.
+        As ``ranking.ranks`` of the averaged scores; C where no member with a weight has decoded the image.
         """
         ranks = np.empty(len(self), np.int32)
         members = [m for m, weight in enumerate(weights) if weight]
         for images, part in self._parts():
-            own, rivals = average(part.own, weights), average(part.rivals, weights)
+            decoded = ~part.undecoded
+            own = average(part.own, weights, list(decoded))
+            rivals = average(part.rivals, weights, list(decoded[:, part.rows]))
             ranks[images] = self._ranks(part, own, rivals, members)
         return ranks
 
@@ -129,17 +139,21 @@ class Contest:
         """
         counts: dict[tuple[int, ...], tuple[int, int]] = {}
 
-        def visit(part: _Part, members: tuple[int, ...], own: np.ndarray, rivals: np.ndarray) -> None:
+        def visit(part: _Part, members: tuple[int, ...], own: np.ndarray, rivals: np.ndarray, seen: np.ndarray) -> None:
+            """seen: [n], how many of ``members`` have decoded each image."""
             for m in range(members[-1] + 1 if members else 0, self.num_members):
-                subset = (*members, m)
-                own_sum, rival_sum = own + part.own[m], rivals + part.rivals[m]
-                of = [(total / len(subset)).astype(np.float32) for total in (own_sum, rival_sum)]
+                subset, decoded = (*members, m), ~part.undecoded[m]
+                own_sum, rival_sum = own + part.own[m] * decoded, rivals + part.rivals[m] * decoded[part.rows]
+                count = seen + decoded
+                divisor = np.maximum(count, 1)
+                of = [(own_sum / divisor).astype(np.float32), (rival_sum / divisor[part.rows]).astype(np.float32)]
                 top1, top5 = self.wrong(self._ranks(part, of[0], of[1], subset))
                 before = counts.get(subset, (0, 0))
                 counts[subset] = before[0] + top1, before[1] + top5
                 if len(subset) < largest:
-                    visit(part, subset, own_sum, rival_sum)
+                    visit(part, subset, own_sum, rival_sum, count)
 
         for _, part in self._parts():
-            visit(part, (), np.zeros(part.own.shape[1]), np.zeros(part.rivals.shape[1]))
+            n, k = part.own.shape[1], part.rivals.shape[1]
+            visit(part, (), np.zeros(n), np.zeros(k), np.zeros(n, np.int64))
         return dict(sorted(counts.items(), key=lambda item: (len(item[0]), item[0])))

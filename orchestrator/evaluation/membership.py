@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -76,8 +77,23 @@ class Members:
     splits: Mapping[str, tuple[Scores, ...]]
 
 
+def identity_of(model: Mapping[str, Any]) -> str:
+    """What tells a model from others, of a score file's ``info.model``: a network's weights, wherever its files lie and
+    whatever code made them; an ensemble's members and their shares.
+    """
+    if "ensemble" in model:
+        return digest({"ensemble": [[identity_of(each["model"]), each["weight"]] for each in model["ensemble"]]})
+    return str(model.get("weights_sha256") or digest(dict(model)))
+
+
+def _inside(model: Mapping[str, Any]) -> set[str]:
+    """Identities of all models that an ensemble was made of, at any depth."""
+    of = [each["model"] for each in model.get("ensemble", ())]
+    return {identity_of(each) for each in of}.union(*map(_inside, of))
+
+
 def members_of(files: Sequence[Scores]) -> Members:
-    """``files`` by member, in the order of their first files, and by split.
+    """``files`` by member, in the order of their first files, and by split. Members are told apart by ``identity_of``.
 
     Raises ValueError where they are no members of one ensemble.
     """
@@ -90,14 +106,23 @@ def members_of(files: Sequence[Scores]) -> Members:
     by_split: dict[str, dict[str, Scores]] = {}
     for file in files:
         of = by_split.setdefault(file.info.split, {})
-        model = digest(dict(file.info.model))
+        model = identity_of(file.info.model)
         if model in of:
             _check_alike(of[model], file)
             raise ValueError(
-                f"{of[model].url} and {file.url} are scores of the same model on {file.info.split}: give one of them"
+                f"{of[model].url} and {file.url} are scores of the same weights on {file.info.split}: give one of them"
             )
         of[model] = file
-    models = {digest(dict(file.info.model)): file.info.model for file in files}
+    models = dict[str, Mapping[str, Any]]()
+    for file in files:
+        models.setdefault(identity_of(file.info.model), file.info.model)
+    for file in files:
+        if within := models.keys() & _inside(file.info.model):
+            other = next(each for each in files if identity_of(each.info.model) in within)
+            raise ValueError(
+                f"{file.url} is an ensemble that contains the model of {other.url}, which would count twice: leave one "
+                "of them out; an ensemble is best kept in a folder that no pattern of --scores meets"
+            )
     order, names = list(models), [str(model.get("name") or "ensemble") for model in models.values()]
     for split, of in by_split.items():
         if missing := [name for name, model in zip(names, order, strict=True) if model not in of]:

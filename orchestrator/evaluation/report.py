@@ -22,15 +22,15 @@ class Table:
     note: str = ""
 
 
-def files(analyses: Mapping[str, SplitAnalysis], weighting: str) -> dict[str, bytes]:
-    """``report.json`` and ``report.md``, by name."""
+def files(analyses: Mapping[str, SplitAnalysis], weighting: str, chosen_on: str = "") -> dict[str, bytes]:
+    """``report.json`` and ``report.md``, by name. chosen_on: the split whose images the weights were chosen on."""
     plain = {split: asdict(analysis) for split, analysis in analyses.items()}
     lines = ["# Ensemble", "", f"Weights: {weighting}. Errors in percent, with their 95 % bootstrap intervals.", ""]
     for split, analysis in analyses.items():
         lines += [f"## {split}: {summary(analysis)}", ""]
         if analysis.labelled is not None:
             lines += [f"![what each member adds](figures/{split}.png)", ""]
-        for table in tables(analysis):
+        for table in tables(analysis, is_flattered=split == chosen_on):
             lines += [f"### {table.title}", "", _line(table.columns), f"|{'---|' * len(table.columns)}"]
             lines += [*map(_line, table.rows), ""]
             lines += [table.note, ""] if table.note else []
@@ -54,12 +54,12 @@ def summary(analysis: SplitAnalysis) -> str:
     return words
 
 
-def tables(analysis: SplitAnalysis) -> list[Table]:
-    """The tables of one split, the most telling first."""
+def tables(analysis: SplitAnalysis, *, is_flattered: bool) -> list[Table]:
+    """The tables of one split, the most telling first. is_flattered: the weights were chosen on its images."""
     found = []
     if analysis.labelled is not None:
         of = analysis.labelled
-        found += [_members(of)]
+        found += [_members(of, is_flattered)]
         found += [_sizes(of)] if len(of.members) > 1 else []
         found += [_confused(of)] if of.confused else []
         found += [_hardest(of)]
@@ -69,7 +69,7 @@ def tables(analysis: SplitAnalysis) -> list[Table]:
     return found
 
 
-def _members(of: LabelledAnalysis) -> Table:
+def _members(of: LabelledAnalysis, is_flattered: bool) -> Table:
     rows = [
         (
             m.name,
@@ -81,7 +81,8 @@ def _members(of: LabelledAnalysis) -> Table:
         for m in of.members
     ]
     is_plain = len({m.weight for m in of.members}) == 1
-    rows += [("**average**" if is_plain else "**ensemble**", "", *_errors(of.ensemble), "", "")]
+    name = "**average**" if is_plain else "**ensemble**"
+    rows += [(f"{name} (chosen on these images)" if is_flattered else name, "", *_errors(of.ensemble), "", "")]
     rows += [] if is_plain else [("plain average", "", *_errors(of.plain), "", "")]
     note = (
         "Average − member: top-1 error of the plain average of all minus the member's own, points; below 0: the "

@@ -41,6 +41,7 @@ HEADER = "ImageId,PredictionString"
 LINEAGE = ".lineage.json"
 _OFFICIAL = {"ILSVRC2012_test": 100_000, "ILSVRC2012_val": 50_000}  # images, by how their names begin
 _NUMBERED = re.compile(r"(?P<set>.*_)(?P<number>\d{8})\.\w+")
+_NOT_IN_CSV = set(',"\r\n')
 _WNID = re.compile(r"n\d{8}")
 
 
@@ -81,6 +82,8 @@ def write(
     order = np.array(sorted(range(len(known)), key=known.__getitem__), np.int64)
     names = [known[i] for i in order.tolist()]
     notes = _check_images(scores, names, num_images)
+    if form is Format.KAGGLE:
+        _check_ids(scores, names)
     if data is not None:
         _check_data(scores, data)
     text = "".join(f"{line}\n" for line in _lines(scores, order, form)).encode()
@@ -154,6 +157,23 @@ def _check_images(scores: Scores, names: Sequence[str], num_images: int) -> list
     if undecodable := int((~scores.decoded).sum()):
         notes.append(f"{undecodable} images could not be decoded: their lines are the most frequent classes")
     return notes
+
+
+def _check_ids(scores: Scores, names: Sequence[str]) -> None:
+    """Raises ValueError where Kaggle's form cannot tell the images apart, or not hold their names."""
+    seen = dict[str, str]()
+    for name in names:
+        image = image_id(name)
+        if (other := seen.setdefault(image, name)) != name:
+            raise ValueError(
+                f"{scores.url} has the images {other} and {name}, which are both {image} in Kaggle's form: name them "
+                "apart and prepare the data set again, or write ILSVRC's form"
+            )
+        if not image.isascii() or _NOT_IN_CSV & set(image):
+            raise ValueError(
+                f"{scores.url} has the image {name!r}, whose name Kaggle's form cannot hold: it takes ASCII without "
+                "commas, quotes and line ends; rename it and prepare the data set again, or write ILSVRC's form"
+            )
 
 
 def missing_numbers(names: Sequence[str]) -> list[str]:

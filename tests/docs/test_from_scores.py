@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from orchestrator.data.shards import DataSet
-from orchestrator.evaluation import scores
+from orchestrator.evaluation import ranking, scores
 from tests.docs.test_examples import ROOT, example
-from tests.evaluation.score_files import softmax
+from tests.evaluation.score_files import member
 from tests.evaluation.scored_runs import scored_runs
 
 PAGE = "from_scores_to_submission.md"
@@ -27,15 +27,19 @@ def runs(data: DataSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_five_lines_read_a_score_file(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (path,) = (runs / "a" / "scores").glob("val-ten_crop-*.arrow")
-    script = example(PAGE, "python")
-    assert len(script.splitlines()) == 5
-    exec(script.replace("/runs/a/scores/val-ten_crop-000000000000.arrow", str(path)), {})
-    file = scores.load(str(path))
-    error = 100 * np.mean(file.scores.argmax(axis=1) != file.labels)
-    assert capsys.readouterr().out == f"a: {error:.2f} % top-1 error\n"
-    assert np.allclose(softmax(np.log(file.scores)), file.scores)
+def test_seven_lines_read_a_score_file(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also one with an image without pixels that its scores would be right of, and one without labels."""
+    script, number = example(PAGE, "python"), "000000000000"
+    assert len(script.splitlines()) == 7
+    member(tmp_path, "b", np.eye(7), np.arange(7), decoded=np.arange(7) != 3)
+    (val,) = (runs / "a" / "scores").glob("val-ten_crop-*.arrow")
+    (test,) = (runs / "a" / "scores").glob("test-ten_crop-*.arrow")
+    for path in (val, test, tmp_path / "b/scores/x.arrow"):
+        exec(script.replace(f"/runs/a/scores/val-ten_crop-{number}.arrow", str(path)), {})
+        file, said = scores.load(str(path)), capsys.readouterr().out
+        of = (0, 0) if path == test else (ranking.errors(file).wrong_top1, len(file))
+        name = file.info.model["name"]
+        assert said == f"{name}: {of[0]} of {of[1]} labelled images are wrong in the top 1\n"
 
 
 def typed(line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
@@ -52,20 +56,28 @@ def typed(line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
 
 
 def test_every_command(
-    runs: Path, data: DataSet, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    runs: Path, data: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    script = example(PAGE, "bash").replace("/runs", str(runs)).replace("/data", data.storage.url)
-    said = "".join(typed(line, monkeypatch, capsys) for line in script.splitlines() if not line.startswith("#"))
-    made = json.loads((runs / "ensemble/ensemble.json").read_text())
+    """Typed twice: the second time nothing changes."""
+    out = tmp_path / "out"
+    script = example(PAGE, "bash").replace("/data", data.storage.url)
+    script = script.replace("/runs", str(runs)).replace("/submissions", str(out))
+    lines = [line for line in script.splitlines() if not line.startswith("#")]
+    said = "".join(typed(line, monkeypatch, capsys) for line in lines)
+    left = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for line in lines:
+        typed(line, monkeypatch, capsys)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == left
+    made = json.loads((out / "ensemble/ensemble.json").read_text())
     assert [m["name"] for m in made["members"]] == ["a", "b", "c"]
     assert set(made["scores"]) == {"val", "test"}
     assert said.count("no problems") == 4
     errors = made["errors"]["val"]
     assert f"30 images: {errors['top1_error']:.2f} % top-1 error, {errors['top5_error']:.2f} %" in said
-    lines = (runs / "submission.txt").read_text().splitlines()
+    lines = (out / "submission.txt").read_text().splitlines()
     assert len(lines) == 10
     assert all(len(set(line.split())) == 5 for line in lines)
-    assert len((runs / "submission.csv").read_text().splitlines()) == 11
-    lineage = json.loads((runs / "submission.txt.lineage.json").read_text())
+    assert len((out / "submission.csv").read_text().splitlines()) == 11
+    lineage = json.loads((out / "submission.txt.lineage.json").read_text())
     assert [s["md5"] for s in lineage["sources"]] == [s.md5 for s in data.manifest.sources]
     assert all(len(s["md5"]) == 32 for s in lineage["sources"])

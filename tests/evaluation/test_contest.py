@@ -28,12 +28,12 @@ def in_memory(values: np.ndarray, labels: np.ndarray, decoded: np.ndarray | None
 
 def naive(members: list[Scores], weights: list[float]) -> np.ndarray:
     """Ranks of all images, from all the scores."""
-    total = np.zeros(members[0].scores.shape)
-    decoded = np.ones(len(members[0]), bool)
-    for each, weight in zip(members, weights, strict=True):
-        total += weight * each.scores.astype(np.float64)
-        decoded &= each.decoded | (weight == 0)
-    mean = (total / sum(weights)).astype(np.float32)
+    mean, decoded = np.zeros(members[0].scores.shape, np.float32), np.zeros(len(members[0]), bool)
+    for i in range(len(mean)):
+        sees = [(m, w) for m, w in zip(members, weights, strict=True) if w and m.decoded[i]]
+        if sees:
+            decoded[i] = True
+            mean[i] = sum(w * m.scores[i].astype(np.float64) for m, w in sees) / sum(w for _, w in sees)
     return ranking.ranks(mean, members[0].labels, decoded)
 
 
@@ -84,4 +84,5 @@ def test_over_several_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @given(arrays(np.float32, (4, 5), elements=st.floats(0, 1, width=32)), st.integers(1, 6))
 def test_the_average_of_equals_is_one_of_them(values: np.ndarray, times: int) -> None:
-    assert np.array_equal(average([values] * times, [1.0] * times), values)
+    seen = [np.ones(4, bool)] * times
+    assert np.array_equal(average([values] * times, [1.0] * times, seen), values)

@@ -254,7 +254,7 @@ def test_the_same_member_twice(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="are the same scores"):
         build([a, b, a], tmp_path / "out")
     again = replace(a, sha256="1" * 64, url="other")
-    with pytest.raises(ValueError, match="scores of the same model on val"):
+    with pytest.raises(ValueError, match="scores of the same weights on val"):
         build([a, b, again], tmp_path / "out")
     one_crop = replace(again, info=replace(a.info, protocol={"kind": "one_crop"}))
     with pytest.raises(ValueError, match="were not tested alike"):
@@ -285,12 +285,112 @@ def test_greedy_without_truth(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_an_image_that_one_member_has_not_decoded(tmp_path: Path) -> None:
-    labels = np.zeros(3, int)
-    right = np.array([[0.9, 0.1]] * 3)
-    a = in_memory(right, labels)
-    b = in_memory(right, labels, decoded=np.array([True, False, True]))
+def test_an_image_that_a_member_has_not_decoded(tmp_path: Path) -> None:
+    """Averaged over those that have; where none has, the class prior, and wrong."""
+    labels, prior = np.zeros(3, int), [0.6, 0.4]
+    a = in_memory(np.array([[0.9, 0.1], [0.8, 0.2], prior]), labels, decoded=np.array([True, True, False]))
+    b = in_memory(np.array([[0.7, 0.3], prior, prior]), labels, decoded=np.array([True, False, False]))
     b = replace(b, sha256="1" * 64, info=replace(b.info, model={"name": "b"}))
     made = build([a, b], tmp_path / "out", num_folds=2)
     assert made.errors["val"] == (3, 1, 1)
-    assert not scores.load(f"{tmp_path}/out/{made.scores['val']}").decoded[1]
+    averaged = scores.load(f"{tmp_path}/out/{made.scores['val']}")
+    assert averaged.decoded.tolist() == [True, True, False]
+    assert np.allclose(averaged.scores, [[0.8, 0.2], [0.8, 0.2], prior])
+    assert ranking.errors(averaged) == made.errors["val"]
+    assert json.loads((tmp_path / "out/report.json").read_text())["val"]["num_undecodable"] == 1
+
+
+# -- the same folder again, with other input, and after an interruption -------------------------------------------
+
+
+def test_its_own_averages_are_no_members(tmp_path: Path) -> None:
+    files = three(tmp_path)
+    made = build(files, tmp_path / "out")
+    average = scores.load(f"{tmp_path}/out/{made.scores['val']}")
+    before = contents(tmp_path / "out")
+    assert build([average, *files], tmp_path / "out") == made
+    assert contents(tmp_path / "out") == before
+    for given in ([average, *files], [files[2], average]):
+        with pytest.raises(ValueError, match=r"an ensemble that contains the model of .*/x.arrow, which would count"):
+            build(given, tmp_path / "another")
+    whole = build([average], tmp_path / "two")
+    nested = scores.load(f"{tmp_path}/two/{whole.scores['val']}")
+    with pytest.raises(ValueError, match="an ensemble that contains the model of"):
+        build([nested, files[0]], tmp_path / "another")
+    assert not (tmp_path / "another").exists()
+
+
+def test_damaged_files_are_made_again(tmp_path: Path) -> None:
+    files = three(tmp_path)
+    made = build(files, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    for name in ("figures/val.png", "report.md", made.scores["val"]):
+        damaged = bytearray(before[name])
+        damaged[len(damaged) // 2] ^= 1
+        (tmp_path / "out" / name).write_bytes(damaged)
+        assert build(files, tmp_path / "out") == made
+        assert contents(tmp_path / "out") == before, name
+
+
+def test_an_interruption_between_two_ensembles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report of other weights is never taken for that of the old ones."""
+    files, out = three(tmp_path), tmp_path / "out"
+    build(files, out)
+    before = contents(out)
+
+    def interrupted(*arguments: Any) -> bytes:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("orchestrator.evaluation.figure.png", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build(files, out, choice=Choice.GIVEN, weights=[1, 2, 3])
+    monkeypatch.undo()
+    assert contents(out)["report.md"] != before["report.md"]
+    assert not (out / "ensemble.json").exists()
+    build(files, out)
+    assert contents(out) == before  # the averages of the other weights are gone too
+
+
+def test_what_other_input_has_left_is_removed(tmp_path: Path) -> None:
+    """But for what is no average: a run's own scores, in whose folder an ensemble was put."""
+    files, out = three(tmp_path), tmp_path / "out"
+    build([*files, *three(tmp_path, "extra", 1)], out)
+    own = contents(tmp_path / "val/a")
+    for name, data in own.items():
+        (out / name).write_bytes(data)
+    (out / "figures/other.png").write_bytes(b"somebody's")
+    for folder in ("", "scores/", "figures/"):
+        (out / f"{folder}.tmp-0123").write_bytes(b"what a killed writer has left")
+    build(files[:2], out)
+    build(files[:2], tmp_path / "alone")
+    expected = contents(tmp_path / "alone") | own | {"figures/other.png": b"somebody's"}
+    assert contents(out) == expected
+
+
+def test_a_model_that_was_made_again_is_the_same_member(tmp_path: Path) -> None:
+    """Weights tell members apart, not who finished the model when; a copied run is not another member."""
+
+    def of(file: Scores, code: str, weights: str) -> Scores:
+        model = {"name": "r50", "weights_sha256": weights, "code_version": code}
+        return replace(file, sha256=f"{code}{weights}", info=replace(file.info, model=model))
+
+    val, test = three(tmp_path), three(tmp_path, "test", 1, labelled=False)
+    made = build([of(val[0], "1", "w"), of(test[0], "2", "w")], tmp_path / "out")
+    assert list(made.weights) == ["r50"]
+    with pytest.raises(ValueError, match="are scores of the same weights on val"):
+        build([of(val[0], "1", "w"), of(val[1], "2", "w")], tmp_path / "out")
+
+
+def test_a_greedy_choice_is_marked_where_it_was_made(tmp_path: Path) -> None:
+    files = [*three(tmp_path), *three(tmp_path, "extra", 1)]
+    made = build(files, tmp_path / "out", choice=Choice.GREEDY)
+    text = (tmp_path / "out/report.md").read_text()
+    assert text.count("** (chosen on these images) |") == 1
+    assert text.index("## val") < text.index("(chosen on these images)") < text.index("## extra")
+    found = json.loads((tmp_path / "out/report.json").read_text())["val"]["labelled"]["greedy"]["held_out"]
+    assert made.held_out.keys() == {"val"}
+    assert made.held_out["val"].top1_error == found["top1"]["value"]
+    assert json.loads((tmp_path / "out/ensemble.json").read_text())["held_out"]["val"]["top1_error"] is not None
+    plain = build(files, tmp_path / "plain")
+    assert plain.held_out == {}
+    assert "chosen on these images" not in (tmp_path / "plain/report.md").read_text()

@@ -141,6 +141,22 @@ def test_missing_images(tmp_path: Path) -> None:
     assert write(scored(tmp_path, ["x.JPEG", "y.JPEG", "z.JPEG"]), tmp_path / "other").notes == ()
 
 
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (["a/0.jpg", "b/0.jpg", "c/1.jpg"], r"the images a/0.jpg and b/0.jpg, which are both 0 in Kaggle's form"),
+        (["x.JPEG", "x.jpg", "y.jpg"], r"the images x.JPEG and x.jpg, which are both x"),
+        (["zoë.jpg", "a.jpg", "b.jpg"], r"the image 'zoë.jpg', whose name Kaggle's form cannot hold"),
+        (["a,b.jpg", "a.jpg", "b.jpg"], r"the image 'a,b.jpg', whose name Kaggle's form cannot hold"),
+    ],
+)
+def test_names_that_kaggles_form_cannot_hold(tmp_path: Path, names: list[str], says: str) -> None:
+    file = scored(tmp_path, names)
+    refused(tmp_path, file, says, form=Format.KAGGLE)
+    write(file, tmp_path / "ilsvrc")
+    assert len((tmp_path / "ilsvrc/s.txt").read_text().splitlines()) == 3
+
+
 def test_scores_of_another_data_set(tmp_path: Path, data: DataSet) -> None:
     split, classes = data.split("test"), data.manifest.classes
     names = split.names.to_pylist()

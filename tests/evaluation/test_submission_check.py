@@ -39,6 +39,15 @@ def test_a_good_file_has_no_problems() -> None:
     assert problems(["3 1 2"], Expected(["1", "2", "3"])) == []  # fewer than five classes: all of them
 
 
+def test_images_of_one_id_are_problems() -> None:
+    """Whoever wrote such a file: it is told what is wrong, line by line."""
+    names = ["a/0.jpg", "b/0.jpg", "c/1.jpg"]
+    found = problems([CSV[0], csv_line("0"), csv_line("0"), csv_line("1")], Expected(WNIDS, names=names))
+    assert found == ["line 3: the image 0 is in line 2 already"]
+    found = problems([CSV[0], csv_line("1"), csv_line("0")], Expected(WNIDS, names=names))
+    assert [each.partition(":")[0] for each in found] == ["2 lines of images where there are 3 images", "line 2"]
+
+
 @pytest.mark.parametrize(
     ("line", "says"),
     [
