@@ -6,6 +6,7 @@ journal ignores the kinds that it does not know.
 
 from __future__ import annotations
 
+import atexit
 import json
 import math
 import os
@@ -22,6 +23,7 @@ _MARKERS = "osD^v<>pX*"
 _VALIDATION_WIDTH_PT = 2.2
 _TRAINING_WIDTH_PT = 0.9
 _DASHED = (0, (4, 2))
+_EXIT_S = 30.0
 
 
 class EventKind(StrEnum):
@@ -126,7 +128,17 @@ def draw_curves(curve_by_run: Mapping[str, Curve], path: Path, *, title: str) ->
     curves = {name: curve for name, curve in curve_by_run.items() if not curve.is_empty()}
     if not curves:
         raise ValueError("nothing to draw: no journal has a train or validation event with a top-1 error")
+    with _DRAWING:
+        _draw(curves, path, title)
 
+
+# A daemon thread that is inside matplotlib's C++ when Python ends aborts the process (exit code 134): the end waits
+# for it, and nobody begins any more.
+_DRAWING = threading.Lock()
+atexit.register(_DRAWING.acquire, timeout=_EXIT_S)
+
+
+def _draw(curves: Mapping[str, Curve], path: Path, title: str) -> None:
     # Imported here: a training process that never draws should not pay for matplotlib. No pyplot: its figures are
     # global state that threads would share.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
