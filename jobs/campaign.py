@@ -31,14 +31,15 @@ from rich.text import Text
 
 from jobs import command_line, imagenet
 from jobs.campaign_display import Display, console_of_table, pause_s
+from orchestrator.campaign import driver as campaign_driver
+from orchestrator.campaign import status as campaign_status
+from orchestrator.campaign.decisions import Done, decide
+from orchestrator.campaign.driver import Driver, Opened
+from orchestrator.campaign.plan import Campaign, CampaignConfig, Member, pack
+from orchestrator.campaign.products import summary
+from orchestrator.campaign.telling import note_of
+from orchestrator.campaign.tracking import CampaignTracker
 from orchestrator.config import EvaluationConfig, Protocol, TrainConfig
-from orchestrator.control import campaign_driver, campaign_status
-from orchestrator.control.campaign import Done, decide
-from orchestrator.control.campaign_driver import Driver, Opened
-from orchestrator.control.campaign_plan import Campaign, CampaignConfig, Member, pack
-from orchestrator.control.campaign_products import summary
-from orchestrator.control.campaign_telling import note_of
-from orchestrator.control.campaign_tracking import CampaignTracker
 from orchestrator.control.description import data_note, network
 from orchestrator.control.tracking import RunStatus, default_uri
 from orchestrator.control.tracking import check as check_tracking

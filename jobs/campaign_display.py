@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from orchestrator.control import campaign_status
+from orchestrator.campaign import status as campaign_status
 from orchestrator.storage import Storage
 
 _LOOK_EVERY_S, _LOOK_AFAR_EVERY_S = 5.0, 30.0  # each look reads a journal a member; afar: an object store

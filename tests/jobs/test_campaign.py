@@ -19,12 +19,15 @@ import psutil
 import pytest
 
 from jobs import campaign as job
+from orchestrator.campaign import driver as campaign_driver
+from orchestrator.campaign import products as campaign_products
+from orchestrator.campaign import status as campaign_status
+from orchestrator.campaign.decisions import Entry, Kind
+from orchestrator.campaign.driver import Opened
+from orchestrator.campaign.journal import Journal
+from orchestrator.campaign.status import State
 from orchestrator.config import TrainConfig
-from orchestrator.control import campaign_driver, campaign_products, campaign_status, supervisor
-from orchestrator.control.campaign import Entry, Kind
-from orchestrator.control.campaign_driver import Opened
-from orchestrator.control.campaign_journal import Journal
-from orchestrator.control.campaign_status import State
+from orchestrator.control import supervisor
 from orchestrator.storage import Storage
 from tests.jobs.conftest import Run
 from tests.training.group import CONTEXT, EVERY_FAULT, fault_seeds

@@ -11,10 +11,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from orchestrator.campaign.decisions import Account, Kind, account_of
+from orchestrator.campaign.journal import About, Journal, read_about
+from orchestrator.campaign.member import is_done, process_from
 from orchestrator.config import TrainConfig
-from orchestrator.control.campaign import Account, Kind, account_of
-from orchestrator.control.campaign_journal import About, Journal, read_about
-from orchestrator.control.campaign_member import is_done, process_from
 from orchestrator.control.description import network
 from orchestrator.control.terminal import duration
 from orchestrator.storage import Storage

@@ -12,10 +12,10 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
+from orchestrator.campaign.member import score_urls
+from orchestrator.campaign.plan import Campaign
 from orchestrator.code_version import code_version
 from orchestrator.config import Protocol, TrainConfig
-from orchestrator.control.campaign_member import score_urls
-from orchestrator.control.campaign_plan import Campaign
 from orchestrator.data.shards import DataSet
 from orchestrator.evaluation import ensemble, scores, submission, submission_check
 from orchestrator.evaluation.ensemble import Ensemble

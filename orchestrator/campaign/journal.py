@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
+from orchestrator.campaign.decisions import Entry, Kind
+from orchestrator.campaign.plan import Campaign, Plan
 from orchestrator.config import TrainConfig
-from orchestrator.control.campaign import Entry, Kind
-from orchestrator.control.campaign_plan import Campaign, Plan
 from orchestrator.plain import differences, digest
 from orchestrator.remote import StoreRefusedError
 from orchestrator.storage import Storage

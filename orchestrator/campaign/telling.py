@@ -1,14 +1,14 @@
-"""What MLflow is told of a campaign: how its folder stands, as ``campaign_tracking`` wants it."""
+"""What MLflow is told of a campaign: how its folder stands, as ``tracking`` wants it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+from orchestrator.campaign.note import CampaignNote, EnsembleNote, MemberNote
+from orchestrator.campaign.plan import Campaign
+from orchestrator.campaign.products import ensemble_folder, read_ensemble, submission_url
+from orchestrator.campaign.status import Row, State, Status
 from orchestrator.config import TrainConfig
-from orchestrator.control.campaign_note import CampaignNote, EnsembleNote, MemberNote
-from orchestrator.control.campaign_plan import Campaign
-from orchestrator.control.campaign_products import ensemble_folder, read_ensemble, submission_url
-from orchestrator.control.campaign_status import Row, State, Status
 from orchestrator.control.entries import RunStatus
 from orchestrator.evaluation import ensemble
 from orchestrator.storage import Storage

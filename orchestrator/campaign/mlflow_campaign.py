@@ -5,7 +5,7 @@ versions with an alias each, and "champion" means the best answer to one questio
 members of an ensemble, and mix those of campaigns on other data. A version is a note: where the finished model lies in
 storage, and its digests; nothing is copied.
 
-Nothing here is patient: a call that fails raises, and ``campaign_tracking`` tries again. Everything is looked up before
+Nothing here is patient: a call that fails raises, and ``tracking`` tries again. Everything is looked up before
 it is made, so that whatever was done and not answered is not done twice.
 """
 

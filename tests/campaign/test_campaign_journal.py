@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.control.campaign import Kind
-from orchestrator.control.campaign_journal import Journal, check_identity, fix_identity, read_about
+from orchestrator.campaign.decisions import Kind
+from orchestrator.campaign.journal import Journal, check_identity, fix_identity, read_about
 from orchestrator.storage import Storage
 from orchestrator.training.ownership import SupersededError
-from tests.control.test_campaign import plan_of
+from tests.campaign.test_campaign import plan_of
 
 
 @pytest.fixture

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from orchestrator.control import campaign_note as words
-from orchestrator.control.campaign_note import CampaignNote, EnsembleNote, MemberNote
+from orchestrator.campaign import note as words
+from orchestrator.campaign.mlflow_campaign import CHAMPION, Version, alias_of
+from orchestrator.campaign.note import CampaignNote, EnsembleNote, MemberNote
 from orchestrator.control.entries import RunStatus
-from orchestrator.control.mlflow_campaign import CHAMPION, Version, alias_of
 from orchestrator.control.mlflow_store import masked
 from orchestrator.plain import digest
 from orchestrator.training.finished_model import ModelRecord

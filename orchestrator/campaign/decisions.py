@@ -1,7 +1,7 @@
 """Many runs, one submission: what to do next is a pure function of the plan, the journal, storage and the cluster.
 
 A campaign trains its members, each a run of its own under ``supervisor.run_job``, averages their scores, and writes the
-submission. ``decide`` says what comes next, ``campaign_driver`` does it. What is done is read from storage; the journal
+submission. ``decide`` says what comes next, ``driver`` does it. What is done is read from storage; the journal
 remembers only what storage cannot tell: who was started, what failed, and on how many workers each member computes.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from orchestrator.control.campaign_plan import Campaign, Packing, Plan, pack, pack_fewer
+from orchestrator.campaign.plan import Campaign, Packing, Plan, pack, pack_fewer
 from orchestrator.control.guard import Ending, Refusal
 from orchestrator.control.placement import slots_of
 from orchestrator.ray_session import Cluster

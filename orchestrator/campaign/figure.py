@@ -7,7 +7,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 
-from orchestrator.control.campaign_note import CampaignNote, MemberNote
+from orchestrator.campaign.note import CampaignNote, MemberNote
 from orchestrator.control.curves import Curve, draw_curves
 from orchestrator.control.mlflow_store import masked, one_line
 from orchestrator.control.run_tracking import figure_path, keep_figure

@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.config import BatchConfig, EvaluationConfig, InputConfig, ModelConfig, Protocol, TrainConfig
-from orchestrator.control.campaign import (
+from orchestrator.campaign.decisions import (
     BuildEnsemble,
     Done,
     End,
@@ -29,7 +28,8 @@ from orchestrator.control.campaign import (
     account_of,
     decide,
 )
-from orchestrator.control.campaign_plan import Campaign, CampaignConfig, Member, Packing, Plan, pack
+from orchestrator.campaign.plan import Campaign, CampaignConfig, Member, Packing, Plan, pack
+from orchestrator.config import BatchConfig, EvaluationConfig, InputConfig, ModelConfig, Protocol, TrainConfig
 from orchestrator.control.guard import Ending
 from orchestrator.ray_session import Cluster, Node
 

@@ -14,10 +14,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import mkdtemp
 
-from orchestrator.config import TrainConfig
-from orchestrator.control import campaign_products as products
-from orchestrator.control import supervisor
-from orchestrator.control.campaign import (
+from orchestrator.campaign import products
+from orchestrator.campaign.decisions import (
     BuildEnsemble,
     Done,
     End,
@@ -33,8 +31,8 @@ from orchestrator.control.campaign import (
     account_of,
     decide,
 )
-from orchestrator.control.campaign_journal import Journal, check_identity, fix_identity
-from orchestrator.control.campaign_member import (
+from orchestrator.campaign.journal import Journal, check_identity, fix_identity
+from orchestrator.campaign.member import (
     MemberProcess,
     errors_of,
     is_done,
@@ -42,7 +40,9 @@ from orchestrator.control.campaign_member import (
     process_from,
     progress_of,
 )
-from orchestrator.control.campaign_plan import Campaign, Packing, Plan
+from orchestrator.campaign.plan import Campaign, Packing, Plan
+from orchestrator.config import TrainConfig
+from orchestrator.control import supervisor
 from orchestrator.control.checks import reading_storage
 from orchestrator.control.guard import Ending, Refusal
 from orchestrator.control.supervisor import RunFailedError
