@@ -20,9 +20,17 @@ from typing import Annotated
 import tyro
 
 from jobs import command_line
-from orchestrator.config import EvaluationConfig, GuardConfig, PlacementConfig, TrackingConfig, TrainConfig
+from orchestrator.config import EvaluationConfig, GuardConfig, InputConfig, PlacementConfig, TrackingConfig, TrainConfig
 from orchestrator.control.checks import places_of, reading_storage
 from orchestrator.training.run import config_of
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How images are read."""
+
+    max_undecodable: int = InputConfig().max_undecodable
+    """undecodable images, not known from the preparation, that a test puts up with"""
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,7 @@ class Options:
     data: str = ""
     """URL of the data set that is scored; empty: the run's own"""
     evaluation: Annotated[EvaluationConfig, tyro.conf.FlagConversionOff] = field(default_factory=EvaluationConfig)
+    input: Reading = field(default_factory=Reading)
     placement: Annotated[PlacementConfig, tyro.conf.FlagConversionOff] = field(default_factory=PlacementConfig)
     guard: Annotated[GuardConfig, tyro.conf.FlagConversionOff] = field(default_factory=GuardConfig)
     tracking: Annotated[TrackingConfig, tyro.conf.FlagConversionOff] = field(default_factory=TrackingConfig)
@@ -63,6 +72,7 @@ def parse(argv: Sequence[str]) -> command_line.Command:
         data=options.data,
         storage=options.storage,
         name=options.name,
+        input=InputConfig(max_undecodable=options.input.max_undecodable),
         evaluation=asked,
         placement=options.placement,
         guard=options.guard,

@@ -115,7 +115,7 @@ class InputConfig:
     window_shards: int = 16
     """shards whose images are mixed (windowed): more mix better, and need more room in the cache"""
     max_undecodable: int = 50
-    """undecodable images, not known from the preparation, that one worker puts up with; more stop the run"""
+    """undecodable images, not known from the preparation, that one worker, or a test, puts up with; more stop it"""
 
 
 @dataclass(frozen=True)

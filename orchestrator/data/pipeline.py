@@ -21,6 +21,16 @@ from orchestrator.data.shards import Split
 from orchestrator.data.views import ColourAxes, TestView, TrainView, Views
 
 
+def check_undecodable(split: Split, images: set[int], limit: int) -> None:
+    """Raises ValueError for more than ``limit`` images that cannot be decoded and were not known as such."""
+    if len(images) > limit:
+        names = ", ".join(split.names[i].as_py() for i in sorted(images)[:20])
+        raise ValueError(
+            f"{len(images)} images of the {split.name} set cannot be decoded, more than "
+            f"input.max_undecodable {limit}: {names}: prepare the data set again or raise it"
+        )
+
+
 @dataclass(frozen=True)
 class Batch:
     """N images with their labels, on the device of the pipeline.
@@ -129,13 +139,7 @@ class Feed(ABC, Generic[Seen, Pixels]):
         """Remember what cannot be decoded. Raises ValueError past the limit."""
         # New sets: another thread may be reading the old ones.
         self._broken, self._failed = self._broken | set(broken), self._failed | set(failed)
-        new = self.undecodable - self._known
-        if len(new) > self._max_undecodable:
-            names = ", ".join(self.split.names[i].as_py() for i in sorted(new)[:20])
-            raise ValueError(
-                f"{len(new)} images of the {self.split.name} set cannot be decoded, more than "
-                f"input.max_undecodable {self._max_undecodable}: {names}: prepare the data set again or raise it"
-            )
+        check_undecodable(self.split, self.undecodable - self._known, self._max_undecodable)
 
     def _sizes(self, job: Job[Seen]) -> tuple[np.ndarray, np.ndarray]:
         width, height = self.split.width[job.indices].copy(), self.split.height[job.indices].copy()

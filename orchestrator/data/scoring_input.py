@@ -32,7 +32,7 @@ class ScoringInput(Feed[ManyViews, tuple[torch.Tensor, ...]]):
     """Batches of ``view`` of a split's images. An image that cannot be decoded is never replaced: it is marked.
 
     batch_size: images in the largest batch. Raises ValueError past ``max_undecodable`` images that cannot be decoded
-    and were not known from the preparation.
+    and were not known from the preparation, counting what this object has read.
     """
 
     def __init__(

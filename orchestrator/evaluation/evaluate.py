@@ -3,7 +3,8 @@
 A split is cut into parts that nothing but the data set and the protocol decide. Worker r of n does the parts of number
 r modulo n that are not in storage yet, each published as it is done; the first worker then waits for all of them and
 makes the score file. There are no collectives: who is done goes on. On CPUs the bytes depend neither on the number of
-workers nor on interruptions (on that of threads they may: the library's kernels differ).
+workers nor on interruptions; on that of a worker's threads they may, as the library sums in another order, and parts
+made with another number are not taken up again.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -20,16 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.config import Protocol, TrainConfig
+from orchestrator.data.pipeline import check_undecodable
 from orchestrator.data.scoring_input import ScoringInput
 from orchestrator.data.shards import UNLABELLED, DataSet
 from orchestrator.evaluation import scores
 from orchestrator.evaluation.parts import Parts
-from orchestrator.evaluation.protocols import (
-    check_model,
-    check_split,
-    plan,
-    procedure_of,
-)
+from orchestrator.evaluation.protocols import check_model, check_split, plan, procedure_of
 from orchestrator.evaluation.ranking import errors
 from orchestrator.evaluation.tested_network import TestedNetwork
 from orchestrator.plain import digest
@@ -60,6 +57,8 @@ def evaluate(
     emit: Callable[[Event], None] = lambda event: None,
     alive: Callable[[], None] = lambda: None,
     waiting: Callable[[], None] = lambda: None,
+    owned: Callable[[], None] = lambda: None,
+    storing: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> str:
     """Score a split with a finished model; the name of the score file in ``run``, at once where it is there.
 
@@ -67,10 +66,27 @@ def evaluate(
     record's weights, on the world's device; mean: what it was trained with, [3, S, S] or [3] float32 on the 0–255
     scale; cpus: threads for this worker; emit: takes the events of the first worker (progress, then what came out) and
     the notices of all; alive: is told of every piece of work, and may raise to leave it; waiting: is told while the
-    first worker waits for others. Raises ValueError for what the user must mend, OSError where storage fails.
+    first worker waits for others; owned: is called before the file is published, and before parts are removed, and
+    raises where that may not be; storing: is entered while the whole file goes to storage or comes from there. Raises
+    ValueError for what the user must mend, OSError where storage fails.
     """
     return _Evaluation(
-        record, model, mean, config, data, split_name, protocol, world, cpus, run, code_version, emit, alive, waiting
+        record,
+        model,
+        mean,
+        config,
+        data,
+        split_name,
+        protocol,
+        world,
+        cpus,
+        run,
+        code_version,
+        emit,
+        alive,
+        waiting,
+        owned,
+        storing,
     ).score_file()
 
 
@@ -78,6 +94,10 @@ def score_name(weights_sha256: str, config: TrainConfig, data_sha256: str, split
     """Name of the score file that ``evaluate`` makes, in the run's folder. Raises ValueError as ``procedure_of``."""
     key = scores.key(weights_sha256, data_sha256, split_name, procedure_of(protocol, config).to_json())
     return scores.file_name(split_name, protocol.value, key)
+
+
+class _MadeElsewhereError(Exception):
+    """The score file is there: somebody else has made it."""
 
 
 class _Evaluation:
@@ -99,24 +119,35 @@ class _Evaluation:
         emit: Callable[[Event], None],
         alive: Callable[[], None],
         waiting: Callable[[], None],
+        owned: Callable[[], None],
+        storing: Callable[[], AbstractContextManager[None]],
     ) -> None:
         if record.num_classes != data.num_classes:
             raise ValueError(
                 f"the model {record.name!r} knows {record.num_classes} classes, the data set {data.storage.url!r} has "
                 f"{data.num_classes}: score it on a data set of the same classes"
             )
+        theirs = tuple(each.wnid for each in data.manifest.classes)
+        if record.wnids and record.wnids != theirs:
+            label = next(i for i, (a, b) in enumerate(zip(record.wnids, theirs, strict=True)) if a != b)
+            raise ValueError(
+                f"the model {record.name!r} knows label {label} as {record.wnids[label]}, in the data set "
+                f"{data.storage.url!r} it is {theirs[label]}: score it on a data set of the same classes, in the same "
+                "order"
+            )
         check_model(protocol, model)
         self._procedure, self._split_name = procedure_of(protocol, config), split_name
         self._record, self._model, self._mean, self._config = record, model, mean.float(), config
         self._data, self._world, self._cpus = data, world, max(1, cpus)
         self._run, self._code_version, self._emit, self._alive = run, code_version, emit, alive
-        self._waiting = waiting
+        self._waiting, self._owned, self._storing = waiting, owned, storing
         self._tell = emit if world.is_first else (lambda event: None)
         self._precision = autocast_dtype(config.numerics.precision, world.device)
         self.name = score_name(record.weights_sha256, config, data.digest, split_name, protocol)
         # What another arithmetic or another code has left is not mixed with this one's.
         megapixels = config.evaluation.batch_megapixels
-        how = {"code": code_version, "device": world.device.type, "precision": str(self._precision)}
+        how: dict[str, Any] = {"code": code_version, "device": world.device.type, "precision": str(self._precision)}
+        how |= {"threads": self._cpus if world.device.type == "cpu" else 0}
         self._parts = Parts(run, self.name, digest(how | {"batch_megapixels": megapixels})[:8])
 
     def score_file(self) -> str:
@@ -127,8 +158,9 @@ class _Evaluation:
         found = self._published()
         if found is not None:
             if self._world.is_first:
+                self._owned()
                 self._parts.delete()
-                self._report(scores.load(f"{self._run.url}/{self.name}"))
+                self._report(self._load())
             return self.name
         cache = shard_cache(self._config, self._data)
         try:
@@ -143,8 +175,12 @@ class _Evaluation:
             mine = range(self._world.rank, len(self._plan.parts), self._world.size)
             self._do([number for number in mine if number not in done])
             if self._world.is_first:
-                self._wait_for_all()
-                self._report(self._assemble())
+                try:
+                    self._wait_for_all()
+                    self._report(self._assemble())
+                except _MadeElsewhereError:
+                    self._report(self._load())
+                self._owned()
                 self._parts.delete()
         finally:
             if cache:
@@ -162,6 +198,15 @@ class _Evaluation:
         except (ValueError, FileNotFoundError):  # damaged: it is made again
             pass
         return None
+
+    def _leave_if_made(self) -> None:
+        """A first worker of an earlier start may have been frozen: it makes the file and takes the parts away."""
+        if self._published() is not None:
+            raise _MadeElsewhereError
+
+    def _load(self) -> scores.Scores:
+        with self._storing():
+            return scores.load(f"{self._run.url}/{self.name}")
 
     # -- parts ------------------------------------------------------------------------------------------------------
 
@@ -204,9 +249,10 @@ class _Evaluation:
                 yield number, np.concatenate(decoded), torch.cat(said).cpu().numpy()  # waits for the device
 
     def _wait_for_all(self) -> None:
-        """Until every part is there."""
+        """Until every part is there. Raises _MadeElsewhereError where the file is there first."""
         last = -1
         while len(done := self._parts.done()) < len(self._plan.parts):
+            self._leave_if_made()
             self._waiting()
             if len(done) != last:
                 last = len(done)
@@ -225,20 +271,26 @@ class _Evaluation:
                 images = self._plan.images(number)
                 decoded[images], rows[images] = found, said
                 self._alive()
+            # Here alone all are counted: a worker knows of its own share since its start.
+            new = np.flatnonzero(~decoded & split.decodable.astype(bool)).tolist()
+            check_undecodable(split, set(new), self._config.input.max_undecodable)
             if not decoded.all():
                 rows[~decoded] = class_prior(self._data)
+            self._owned()
             columns: dict[str, Any] = {"names": split.names, "labels": split.label, "decoded": decoded}
             columns |= {"width": split.width, "height": split.height, "scores": rows}
-            record = scores.publish(self._run, self.name, self._info(), **columns)
+            with self._storing():
+                record = scores.publish(self._run, self.name, self._info(), **columns)
             url = f"{self._run.url}/{self.name}"
             return scores.Scores(url=url, sha256=record.sha256, info=record.info, **columns)
 
     def _verified(self) -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray]]]:
-        """Every part by its number, whole: what is torn is done again."""
+        """Every part by its number, whole: what is torn is done again. Raises _MadeElsewhereError."""
         for number in range(len(self._plan.parts)):
             shape = len(self._plan.images(number)), self._data.num_classes
             part = self._parts.read(number, *shape)
             if part is None:
+                self._leave_if_made()
                 self._tell(notice(f"part {number} of {self._what()} was torn in storage: it is scored again"))
                 self._do([number])
                 part = self._parts.read(number, *shape)

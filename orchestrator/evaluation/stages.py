@@ -12,10 +12,12 @@ from collections.abc import Callable
 from orchestrator.code_version import code_version
 from orchestrator.config import TrainConfig
 from orchestrator.data.shards import DataSet
+from orchestrator.evaluation import scores
 from orchestrator.evaluation.evaluate import evaluate
 from orchestrator.evaluation.results import RESULT, is_more_than_training, missing_tests, result_event
 from orchestrator.storage import Storage
 from orchestrator.training.failures import PreemptedError
+from orchestrator.training.finished_model import FOLDER as MODELS
 from orchestrator.training.finished_model import finish_model, load_model, read_model
 from orchestrator.training.notices import Event
 from orchestrator.training.ownership import check_ownership
@@ -78,20 +80,27 @@ def _test(
     def owned() -> None:
         check_ownership(run, attempt)
 
-    record = finish_model(config, world, cpus=cpus, code_version=version, emit=emit, alive=alive, owned=owned)
+    if world.is_first:
+        owned()
+        for folder in (MODELS, scores.FOLDER):  # what writers before this start were killed in
+            run.delete_fragments(folder)
+    record = finish_model(
+        config, world, cpus=cpus, code_version=version, emit=emit, alive=alive, owned=owned, storing=pulse.storing
+    )
     tell({"kind": "model", "step": record.step, "file": record.file})
 
     # -- score ------------------------------------------------------------------------------------------------------
     pulse.at(Phase.SCORE, record.step)
     data = DataSet(Storage(config.data))
     if left := missing_tests(config, record, data.digest):
-        tensors = read_model(run, record)
+        with pulse.storing():
+            tensors = read_model(run, record)
         mean = tensors.pop("input/mean")
         model = load_model(config, record.num_classes, tensors, f"{run.url}/{record.file}").to(world.device)
         for test in left:
             pulse.at(Phase.SCORE, record.step)
             if world.is_first:
-                check_ownership(run, attempt)
+                owned()
             tell({"kind": "test", "step": record.step, "split": test.split, "protocol": test.protocol.value})
 
             def told(event: Event) -> None:
@@ -112,6 +121,8 @@ def _test(
                 emit=told,
                 alive=alive,
                 waiting=waiting,
+                owned=owned,
+                storing=pulse.storing,
             )
     # In storage: what the others have left to do after a restart may take longer than any collective waits.
     while missing_tests(config, record, data.digest):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import typing
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -48,6 +48,8 @@ from orchestrator.training.precise_statistics import Walk, precise_statistics
 from orchestrator.training.run import check_identity, eventually, finished, run_storage
 from orchestrator.world import World
 
+FOLDER = "model"
+
 
 @dataclass(frozen=True)
 class ModelRecord:
@@ -55,7 +57,8 @@ class ModelRecord:
 
     file: its name in the run's folder; weights_sha256: over model/* (``checkpoint.weights_sha256``); step: optimizer
     steps done; checkpoint: URL of the folder whose weights these are, and the SHA-256 of its tensors; errors in
-    percent; precise_bn_images: training images over which batch norm's statistics are averaged (0: as trained); run:
+    percent; precise_bn_images: training images over which batch norm's statistics were to be averaged (0: as trained),
+    averaged_bn_images: over which they were (whole groups; 0: as trained, or there is no batch norm); run:
     URL of the run's folder; config: its identity, data set apart, whose digest is data_sha256; wnids: of the classes
     that the logits are of, in their order.
     """
@@ -77,6 +80,7 @@ class ModelRecord:
     num_classes: int
     code_version: str
     wnids: tuple[str, ...] = ()
+    averaged_bn_images: int = 0
 
     @property
     def record_name(self) -> str:
@@ -117,12 +121,14 @@ def finish_model(
     emit: Callable[[Event], None] = lambda event: None,
     alive: Callable[[], None] = lambda: None,
     owned: Callable[[], None] = lambda: None,
+    storing: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> ModelRecord:
     """Make what ``config.evaluation`` tests of the run, of its last or best checkpoint.
 
     Returns at once where it is there. Of a run that has not ended its newest checkpoint is the last. emit: takes
     notices; alive: is told of every batch; owned: is called before anything is written, and raises where that may not
-    be. Collective. Raises ValueError for what the user must mend, OSError where storage fails, NotFiniteError.
+    be; storing: is entered while the file goes to storage. Collective. Raises ValueError for what the user must mend,
+    OSError where storage fails, NotFiniteError.
     """
     run, e = run_storage(config), config.evaluation
     tell = emit if world.is_first else (lambda event: None)
@@ -150,8 +156,12 @@ def finish_model(
         model = load_model(config, data.num_classes, tensors, f"{run.url}/{folder}")
 
     # -- its statistics ---------------------------------------------------------------------------------------------
+    num_averaged = 0
     if e.precise_bn_images:
-        tensors |= _precise(config, world, data, model, step, cpus=cpus, tell=tell, emit=emit, alive=alive)
+        statistics, num_averaged = _precise(
+            config, world, data, model, step, cpus=cpus, tell=tell, emit=emit, alive=alive
+        )
+        tensors |= statistics
         if not all(map(tensor_file.is_finite, tensors.values())):
             raise NotFiniteError(
                 f"run {config.name!r}: batch norm's statistics over {e.precise_bn_images} images are not finite with "
@@ -182,16 +192,18 @@ def finish_model(
             num_classes=data.num_classes,
             code_version=code_version,
             wnids=tuple(each.wnid for each in data.manifest.classes),
+            averaged_bn_images=num_averaged,
         )
         owned()
-        run.publish(made.file, content)
+        with storing():
+            run.publish(made.file, content)
         run.publish(name, made.to_bytes())
     world.barrier()
     return eventually(lambda: _read_record(run, name), f"{run.url}/{name}")
 
 
 def _record_name(config: TrainConfig, step: int) -> str:
-    return f"model/{step:09d}-{config.evaluation.checkpoint.value}-bn{config.evaluation.precise_bn_images}.json"
+    return f"{FOLDER}/{step:09d}-{config.evaluation.checkpoint.value}-bn{config.evaluation.precise_bn_images}.json"
 
 
 def _source(run: Storage, tested: Tested) -> tuple[int, int]:
@@ -240,14 +252,16 @@ def _precise(
     tell: Callable[[Event], None],
     emit: Callable[[Event], None],
     alive: Callable[[], None],
-) -> dict[str, Tensor]:
-    """model/<name> of batch norm's statistics over the images that the run's next steps would see; {} without any."""
+) -> tuple[dict[str, Tensor], int]:
+    """model/<name> of batch norm's statistics over the images that the run's next steps would see, and how many images
+    these are; nothing and 0 for a network without batch norm.
+    """
     e, b, numerics = config.evaluation, config.batch, config.numerics
     set_arithmetic(
         world.device, num_threads=max(1, cpus), deterministic=numerics.deterministic, precision=numerics.precision
     )
     if not any(isinstance(module, BatchNorm2d) for module in model.modules()):
-        return {}
+        return {}, 0
     walk = Walk.of(world, e.precise_bn_images, step * b.global_batch_size, b.global_batch_size, b.bn_group_size)
     tell(notice(f"batch norm's statistics are averaged over {walk.num_images} training images after step {step}"))
     cache = shard_cache(config, data)
@@ -270,7 +284,7 @@ def _precise(
         found = precise_statistics(model, map(replaced, batches), walk, world, autocast, alive)
     if cache:
         cache.close()
-    return {f"model/{name}": tensor for name, tensor in found.items()}
+    return {f"model/{name}": tensor for name, tensor in found.items()}, walk.num_images
 
 
 # -- reading one ----------------------------------------------------------------------------------------------------
@@ -340,7 +354,7 @@ def has_weights(config: TrainConfig) -> bool:
 def find_models(run: Storage) -> list[ModelRecord]:
     """The finished models of a run, oldest step first; what cannot be read is passed over."""
     found = []
-    for name in run.files("model"):
+    for name in run.files(FOLDER):
         if name.endswith(".json") and (record := _read_record(run, name)) is not None:
             found.append(record)
     return sorted(found, key=lambda record: (record.step, record.file))

@@ -5,6 +5,8 @@ A watchdog outside the process compares the workers (``control.guard``): who has
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 
 
@@ -52,6 +54,15 @@ class Pulse:
         if wish is Wish.SAVE:
             self.wish = Wish.NONE
         return wish
+
+    @contextmanager
+    def storing(self) -> Iterator[None]:
+        """While something large goes to storage or comes from there: a slow line is no hang."""
+        self.waits_for_storage = True
+        try:
+            yield
+        finally:
+            self.waits_for_storage = False
 
     def alive(self) -> None:
         """Still in the same phase, and not stuck."""

@@ -88,10 +88,13 @@ def record_of(data: DataSet, num_classes: int | None = None) -> ModelRecord:
         data_sha256=data.digest,
         num_classes=num_classes or data.num_classes,
         code_version="test",
+        wnids=tuple(each.wnid for each in data.manifest.classes),
     )
 
 
-def do(config: TrainConfig, protocol: Protocol, folder: Path, world: World, **callbacks: object) -> str:
+def do(
+    config: TrainConfig, protocol: Protocol, folder: Path, world: World, *, cpus: int = 1, **callbacks: object
+) -> str:
     """A worker's share of the evaluation of the val split, in this process; the name of the score file."""
     data, crop_px = DataSet(Storage(config.data)), config.input.crop_px
     return evaluate(
@@ -103,7 +106,7 @@ def do(config: TrainConfig, protocol: Protocol, folder: Path, world: World, **ca
         "val",
         protocol,
         world,
-        cpus=1,
+        cpus=cpus,
         run=Storage(str(folder)),
         code_version="test",
         **callbacks,  # type: ignore[arg-type]

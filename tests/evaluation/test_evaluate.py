@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from orchestrator.config import Average, Protocol
+from orchestrator.config import Average, GuardConfig, Protocol
+from orchestrator.control.guard import Failure, FailureClass
+from orchestrator.control.mailbox import Mailbox
+from orchestrator.control.stuck import Place
 from orchestrator.data.decoder import DecodeSettings
 from orchestrator.data.pipeline import EvalInput, Mean
 from orchestrator.data.shards import DataSet
@@ -20,6 +24,8 @@ from orchestrator.evaluation import ranking, scores
 from orchestrator.evaluation.evaluate import evaluate, score_name
 from orchestrator.evaluation.protocols import check_protocols
 from orchestrator.storage import Storage
+from orchestrator.training.notices import Event
+from orchestrator.training.ownership import SupersededError
 from orchestrator.training.validation import validate
 from orchestrator.world import World
 from tests.data.build import build, jpeg, noise_image
@@ -201,6 +207,88 @@ def test_parts_of_other_code_are_not_mixed_in(many: DataSet, alone: Path, tmp_pa
     assert contents(tmp_path, protocol) == contents(alone, protocol)
 
 
+def test_a_worker_of_an_earlier_start_may_end_it(many: DataSet, alone: Path, tmp_path: Path) -> None:
+    """It was frozen, makes the file and takes the parts away, while another waits for the last ones or reads them."""
+    config, protocol = config_of(many, tmp_path), Protocol.TEN_CROP
+    waits, told = list[int](), list[dict[str, object]]()
+
+    def thawed(folder: Path, when: int = 1) -> None:
+        waits.append(0)
+        if len(waits) == when:
+            do(config, protocol, folder, World())
+        assert len(waits) < when + 50, "it waits for parts that are gone"
+
+    def thaws(folder: Path, when: int = 1) -> dict[str, object]:
+        waits.clear()
+        return {"emit": told.append, "waiting" if when == 1 else "alive": lambda: thawed(folder, when)}
+
+    do(config, protocol, tmp_path / "waits", World(0, 2), **thaws(tmp_path / "waits"))
+    assert waits == [0]
+    do(config, protocol, tmp_path / "counted", World(), **thaws(tmp_path / "counted", 10_000))
+    calls = len(waits)
+    do(config, protocol, tmp_path / "reads", World(), **thaws(tmp_path / "reads", calls - 3))
+    for folder in ("waits", "reads"):
+        assert contents(tmp_path / folder, protocol) == contents(alone, protocol), folder
+    assert not [e for e in told if "torn" in str(e.get("text"))]
+
+
+def test_who_has_lost_the_run_takes_nothing_away(many: DataSet, tmp_path: Path) -> None:
+    config, protocol = config_of(many, tmp_path), Protocol.TEN_CROP
+
+    def lost() -> None:
+        raise SupersededError
+
+    with pytest.raises(SupersededError):
+        score(config, protocol, tmp_path, owned=lost)
+    assert len(list(tmp_path.glob("scores/*.parts-*/0*"))) == 5
+    assert not list(tmp_path.glob("scores/*.json"))
+
+
+def test_parts_of_another_number_of_threads_are_not_mixed_in(many: DataSet, tmp_path: Path) -> None:
+    """Two threads sum in another order than one."""
+    config, protocol = config_of(many, tmp_path), Protocol.ONE_CROP
+    for size, cpus in ((2, 1), (1, 2)):
+        with suppress(_EndError):
+            do(config, protocol, tmp_path, World(0, size), cpus=cpus, waiting=_end, owned=_end)
+    assert sorted(len(list(f.iterdir())) for f in tmp_path.glob("scores/*.parts-*")) == [3, 5]
+
+
+class _EndError(Exception):
+    pass
+
+
+def _end() -> None:
+    raise _EndError
+
+
+def test_the_limit_is_on_all_images(many: DataSet, tmp_path: Path) -> None:
+    """Whoever decoded them, at this start or an earlier one; and it may be raised."""
+    config, protocol = config_of(many, tmp_path), Protocol.ONE_CROP
+    with suppress(_EndError):
+        do(config, protocol, tmp_path, World(), owned=_end)
+    assert len(list(tmp_path.glob("scores/*.parts-*/0*"))) == 5
+    low = replace(config, input=replace(config.input, max_undecodable=1))
+    with pytest.raises(ValueError, match=r"2 images of the val set cannot be decoded, more than .*able 1"):
+        score(low, protocol, tmp_path)
+    enough = replace(config, input=replace(config.input, max_undecodable=2))
+    assert (~score(enough, protocol, tmp_path).decoded).sum() == 2
+
+
+def test_scoring_is_progress_for_the_guard(generated: DataSet, tmp_path: Path) -> None:
+    """What is told is understood: a run that scores a part after each restart is not given up."""
+    told = list[Event]()
+    score(config_of(generated, tmp_path), Protocol.TEN_CROP, tmp_path, emit=told.append)
+    progress = [event for event in told if event["kind"] == "scoring"]
+    assert len(progress) == 2
+    for events, may_start in (([[], progress[:1], progress[1:], []], True), ([[], [], [], []], False)):
+        mailbox = Mailbox("run", asdict(GuardConfig(max_stalled_restarts=1, max_failures=100)))
+        for number, of_group in enumerate(events):
+            starts, _, _ = mailbox.begin(str(number), 1, Place(0, 100, "1", "host", "node"))
+            mailbox.put(of_group)
+            mailbox.failed(str(number), 0, Failure(FailureClass.INFRASTRUCTURE, "worker 0", "?"))
+        assert starts == may_start
+
+
 # -- odd images and wrong input -----------------------------------------------------------------------------------
 
 
@@ -292,6 +380,22 @@ def test_a_model_of_other_classes_is_refused(generated: DataSet, tmp_path: Path)
         evaluate(
             record_of(generated, num_classes=7),
             network(7, 32),
+            mean_image(32),
+            config_of(generated, tmp_path),
+            generated,
+            "val",
+            Protocol.ONE_CROP,
+            World(),
+            cpus=1,
+            run=Storage(str(tmp_path)),
+            code_version="test",
+        )
+    record = record_of(generated)
+    renamed = ("n99999999", *(each.wnid for each in generated.manifest.classes[1:]))
+    with pytest.raises(ValueError, match=r"knows label 0 as n99999999, in the data set .* it is "):
+        evaluate(
+            replace(record, wnids=renamed),
+            network(5, 32),
             mean_image(32),
             config_of(generated, tmp_path),
             generated,

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,12 +30,18 @@ class _Seen(Pulse):
     def __init__(self, leave_at: int = 0) -> None:
         super().__init__()
         self.phases: list[Phase] = []
-        self._leave_at = leave_at
+        self._leave_at, self.stored = leave_at, 0
 
     def at(self, phase: Phase, step: int) -> None:
         super().at(phase, step)
         if not self.phases or self.phases[-1] is not phase:
             self.phases.append(phase)
+
+    @contextmanager
+    def storing(self) -> Iterator[None]:
+        self.stored += 1
+        with super().storing():
+            yield
 
     def hear(self, event: dict[str, Any]) -> None:
         if event["kind"] == "scoring" and 0 < self._leave_at <= event["done"]:
@@ -80,8 +90,17 @@ def test_a_job_is_trained_finished_and_scored_once(
     assert len(parts) == 2
     times = {path: path.stat().st_mtime_ns for path in [*(run / "model").iterdir(), *parts]}
 
+    # A writer is killed in the middle of a file, as the next start finds it.
+    for folder in ("scores", "model"):
+        code = "import os, sys; from orchestrator.storage import Storage\n"
+        code += "with Storage(sys.argv[1]).publishing('x.json') as stream: os.kill(os.getpid(), 9)"
+        subprocess.run([sys.executable, "-c", code, str(run / folder)], check=False, cwd=Path(__file__).parents[2])
+        assert len(list((run / folder).glob(".tmp-*"))) == 1
+
     pulse = _Seen()
     events = work(whole, pulse)
+    assert not list(run.rglob(".tmp-*"))
+    assert pulse.stored >= 4 + 1  # each score file, and the model that is read
     assert pulse.phases == [Phase.FINISH, Phase.SCORE, Phase.DONE]  # nobody to wait for
     assert [e["kind"] for e in events if e["kind"] in ("test", "scores")] == ["test", "scores"] * 4
     assert is_tested(whole)

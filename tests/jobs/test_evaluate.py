@@ -208,6 +208,10 @@ def test_what_cannot_be_tested_is_refused(typed: Run, tmp_path: Path, prepared: 
     refused(*one_crop, "--data", str(tmp_path / "renamed"), saying="; the model does not know n99999999)")
     refused(*one_crop, "--data", str(tmp_path / "fewer"), saying="has 5 classes, the model was trained on 6;")
 
+    words = ["--storage", str(tmp_path / "runs"), "--name", "r", *one_crop, "--input.max-undecodable", "7"]
+    config = evaluate.parse(words).config
+    assert (config.input.max_undecodable, config.input.crop_px) == (7, 32)
+
     # What a start would do.
     code, text = typed("--storage", str(tmp_path / "runs"), "--name", "r", *one_crop, "--dry-run", main=evaluate.main)
     assert code == 0, text

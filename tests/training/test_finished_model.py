@@ -154,7 +154,7 @@ def test_precise_statistics_are_those_of_all_that_goes_in(config: TrainConfig, t
         files[size] = (tmp_path / "run" / record.file).read_bytes()
         shutil.rmtree(tmp_path / "run" / "model")
     assert files[1] == files[2] == files[3]
-    assert record.precise_bn_images == NUM_IMAGES
+    assert (record.precise_bn_images, record.averaged_bn_images) == (NUM_IMAGES, 64)
     statistics = {n: t for n, t in tensors.items() if "running_" in n}
     naive = naive_statistics(config, snapshot.tensors, step=5, num_groups=8)
     assert far(statistics, naive) < 1e-5
@@ -249,6 +249,7 @@ def test_a_network_without_batch_norm_has_nothing_to_average(prepared: Path, tmp
     outcome = finished(Storage(str(run)))
     assert outcome is not None
     assert record.weights_sha256 == outcome.weights_sha256
+    assert (record.precise_bn_images, record.averaged_bn_images) == (64, 0)
     assert "input/mean" in tensors
 
 
