@@ -33,9 +33,10 @@ from jobs import command_line, imagenet
 from jobs.campaign_display import Display, console_of_table, pause_s
 from orchestrator.campaign import driver as campaign_driver
 from orchestrator.campaign import status as campaign_status
-from orchestrator.campaign.decisions import Done, decide
+from orchestrator.campaign.decisions import Done, account_of, decide
 from orchestrator.campaign.driver import Driver, Opened
-from orchestrator.campaign.plan import Campaign, CampaignConfig, Member, pack
+from orchestrator.campaign.journal import Journal
+from orchestrator.campaign.plan import Campaign, CampaignConfig, Member, has_room, pack
 from orchestrator.campaign.products import summary
 from orchestrator.campaign.telling import note_of
 from orchestrator.campaign.tracking import CampaignTracker
@@ -295,8 +296,15 @@ def _dry_run(opened: Opened, console: Console) -> int:
     plan, campaign = opened.plan, opened.plan.campaign
     console.print(Text(f"DRY RUN of {campaign.config.name}: nothing is trained, taken or kept", "bold"))
     machines = machines_of(next(iter(campaign.run_configs().values())))
-    packing = pack(plan, machines.cluster) if machines.cluster is not None else None
+    journal = Journal(opened.folder).entries
+    account = account_of([member.name for member in campaign.members], journal)
+    packing = account.packing if account.asked == campaign.asked else None
+    if packing is None and machines.cluster is not None:
+        packing = pack(plan, machines.cluster)
     facts = campaign_driver.facts_of(opened)
+    everything = decide(plan, journal, facts, machines.cluster or Cluster(()))
+    fits = packing is None or machines.cluster is None or has_room(packing, machines.cluster)
+    is_refused = not fits and len(facts.done) < len(campaign.members)
     for name in plan.by_weight():
         config = campaign.run_configs()[name]
         workers = f"{packing.workers.get(name, 0)} worker(s)" if packing else "workers not known"
@@ -305,13 +313,12 @@ def _dry_run(opened: Opened, console: Console) -> int:
             f"{name:<12} {network(config.model):<14} seed {config.seed:<6} {plan.steps[name]} steps  {workers}  {state}"
         )
     console.print(f"machines     {machines.words}" + (f": {machines.trouble}" if machines.trouble else ""))
-    if packing and not packing.slots:
+    if is_refused:
         console.print("             no worker fits there")
     submitted = campaign.submitted
     console.print(f"submission   {f'of {submitted.value}' if submitted else 'none: the test split is not scored'}")
-    everything = decide(plan, [], facts, machines.cluster or Cluster(()))
     console.print(f"folder       {opened.folder.url}" + (", all is published" if everything == [Done()] else ""))
-    return 0
+    return command_line.EXIT_USER_ERROR if is_refused else 0
 
 
 # -- status ---------------------------------------------------------------------------------------------------------
@@ -331,7 +338,7 @@ def status(argv: Sequence[str]) -> int:
     with Live(first, console=console, auto_refresh=False) as live:
         while True:
             time.sleep(pause_s(folder))
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, ValueError):  # the next look may see all of it again
                 live.update(campaign_status.table(campaign_status.read(folder)), refresh=True)
 
 

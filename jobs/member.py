@@ -15,6 +15,7 @@ import time
 
 from jobs import command_line
 from orchestrator.config import TrainConfig
+from orchestrator.ray_session import ClusterError
 from orchestrator.training.ownership import AtWorkError
 
 _PAUSE_S = 3.0
@@ -36,6 +37,10 @@ def _run(command: command_line.Command) -> int:
     while True:
         try:
             return command_line.run(command)
+        except ClusterError as error:
+            # No mistake of this member's: the cluster is away, or has become smaller since the driver looked at it.
+            print(f"error: {error}", flush=True)
+            return command_line.EXIT_FAILED
         except AtWorkError as error:  # what a driver before has started on another machine, or somebody by hand
             print(f"waiting: {error}", flush=True)
             time.sleep(_PAUSE_S)

@@ -40,12 +40,16 @@ class Cluster:
         return sum(node.gpus for node in self.nodes)
 
 
+class ClusterError(ValueError):
+    """There is no cluster, or it is too small: the user's to mend, unless it comes back by itself."""
+
+
 @contextmanager
 def ray_session(address: str | None = None, num_cpus: int | None = None) -> Iterator[Cluster]:
     """A connection to the Ray cluster at ``address`` or RAY_ADDRESS, else to one started here.
 
     The machines of a cluster that is joined have this project installed, or in the job's working directory. A process
-    that is connected already stays so. Raises ValueError where the cluster cannot be reached.
+    that is connected already stays so. Raises ClusterError where the cluster cannot be reached.
     """
     address = address or os.environ.get("RAY_ADDRESS")
     with tempfile.TemporaryDirectory(prefix="ray-token-") as folder:
@@ -82,10 +86,10 @@ def ray_session(address: str | None = None, num_cpus: int | None = None) -> Iter
                     signal.signal(signal.SIGTERM, on_terminate)
             except (ConnectionError, RuntimeError, ValueError) as error:
                 if not address:
-                    raise ValueError(
+                    raise ClusterError(
                         f"a local Ray cluster cannot be started ({error}): its logs are in /tmp/ray/session_latest/logs"
                     ) from None
-                raise ValueError(
+                raise ClusterError(
                     f"the Ray cluster at {address} cannot be used ({error}): its token (RAY_AUTH_MODE=token, "
                     "RAY_AUTH_TOKEN_PATH) and its versions of Ray and Python must be those of this process"
                 ) from None
@@ -120,13 +124,13 @@ def _cluster() -> Cluster:
 
 
 def _check_reachable(address: str) -> None:
-    """Ray itself tries for more than a minute. Raises ValueError."""
+    """Ray itself tries for more than a minute. Raises ClusterError."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if port.isdigit():
         try:
             socket.create_connection((host, int(port)), timeout=10).close()
         except OSError as error:
-            raise ValueError(
+            raise ClusterError(
                 f"no Ray cluster answers at {address} ({error}): start it, or clear the address and RAY_ADDRESS "
                 "for a local one"
             ) from None

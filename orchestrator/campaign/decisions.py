@@ -7,8 +7,9 @@ remembers only what storage cannot tell: who was started, what failed, and on ho
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -18,6 +19,7 @@ from orchestrator.control.placement import slots_of
 from orchestrator.ray_session import Cluster
 
 EXIT_USER_ERROR = 2
+_REFUSALS = 2  # ends with EXIT_USER_ERROR in a row, without progress, after which trying again is no use
 
 # -- what has happened ----------------------------------------------------------------------------------------------
 
@@ -25,8 +27,8 @@ EXIT_USER_ERROR = 2
 class Kind(Enum):
     """What an entry of the journal tells."""
 
-    OPENED = "opened"  # a driver has taken the campaign: least
-    PACKED = "packed"  # workers of each member, decided once: packing
+    OPENED = "opened"  # a driver has taken the campaign: least, max_failures
+    PACKED = "packed"  # workers of each member from now on: packing, asked
     STARTED = "started"  # a member's process: process
     ENDED = "ended"  # it has ended: code, asked, done, progress, said
     SCORED = "scored"  # a member is done: errors, percent, by name (val_ten_crop_top1_error)
@@ -54,7 +56,10 @@ class Account:
     """What the journal comes to."""
 
     packing: Packing | None = None
+    wanted: Packing | None = None  # the first one for what was asked: a cluster may have become smaller since
+    asked: Mapping[str, Any] | None = None  # what the command line said of placement when that was decided
     failures: dict[str, int] = field(default_factory=dict)  # of each member, since it last made progress
+    refusals: dict[str, int] = field(default_factory=dict)  # the same, of those in a row with EXIT_USER_ERROR
     fatal: dict[str, str] = field(default_factory=dict)  # members whose process said that trying again is no use
     given_up: dict[str, str] = field(default_factory=dict)
     progress: dict[str, int] = field(default_factory=dict)
@@ -63,6 +68,7 @@ class Account:
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
     newest: dict[str, Entry] = field(default_factory=dict)  # the last STARTED or ENDED of each member
     is_stopped: bool = False
+    last: Entry | None = None
 
 
 def account_of(members: Sequence[str], entries: Iterable[Entry]) -> Account:
@@ -76,13 +82,19 @@ def account_of(members: Sequence[str], entries: Iterable[Entry]) -> Account:
         if entry.driver < driver:
             continue
         driver, name, detail = entry.driver, entry.member, entry.detail
+        account.last = entry
         match entry.kind:
             case Kind.OPENED:
                 account.is_stopped = False
-                if len(members) - len(account.given_up) < detail["least"]:
-                    account.failures, account.fatal, account.given_up = {}, {}, {}
+                # A driver that was killed may not have come to write down all that it gave up.
+                lost = account.given_up.keys() | account.fatal.keys()
+                lost |= {n for n, failures in account.failures.items() if failures > detail["max_failures"]}
+                if len(members) - len(lost) < detail["least"]:
+                    account.failures, account.refusals, account.fatal, account.given_up = {}, {}, {}, {}
             case Kind.PACKED:
                 account.packing = Packing(**detail["packing"])
+                if detail["asked"] != account.asked:
+                    account.wanted, account.asked = account.packing, detail["asked"]
             case Kind.STARTED:
                 account.starts[name] = account.starts.get(name, 0) + 1
                 account.newest[name] = entry
@@ -102,24 +114,31 @@ def _add_end(account: Account, name: str, detail: Mapping[str, Any]) -> None:
     before = account.progress.get(name, 0)
     account.progress[name] = max(before, detail["progress"])
     if account.progress[name] > before or detail["done"]:
-        account.failures.pop(name, None)
+        for since in (account.failures, account.refusals, account.fatal):
+            since.pop(name, None)
     if detail["done"] or detail["asked"]:
         return
     account.said[name] = detail["said"]
-    if detail["code"] == EXIT_USER_ERROR:
+    # Once is not enough: what storage or a machine does at one moment may look like a setting that is wrong.
+    account.refusals[name] = account.refusals.get(name, 0) + 1 if detail["code"] == EXIT_USER_ERROR else 0
+    if account.refusals[name] >= _REFUSALS:
         account.fatal[name] = detail["said"]
     account.failures[name] = account.failures.get(name, 0) + 1
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What storage and processes show. ensemble, submission: of which members one is there; empty: none is."""
+    """What storage, processes and the clock show. ensemble, submission: of which members one is there; empty: none is.
+
+    short_s: seconds for which the cluster has been too small to go on; infinite: nothing can make it larger.
+    """
 
     done: frozenset[str] = frozenset()  # members all of whose scores are there
     alive: frozenset[str] = frozenset()  # members whose process lives, whoever started it
     resting: frozenset[str] = frozenset()  # members that have failed a moment ago
     ensemble: frozenset[str] = frozenset()
     submission: frozenset[str] = frozenset()
+    short_s: float = 0.0
 
 
 # -- what comes next ------------------------------------------------------------------------------------------------
@@ -170,9 +189,13 @@ class Stop:
 
 @dataclass(frozen=True)
 class Wait:
-    """For a process to end, for a cluster to have room, or for a moment after a failure."""
+    """For a process to end, for a cluster to have room, or for a moment after a failure.
+
+    is_short: nothing runs and the cluster is too small: how long that lasts is the ``short_s`` of the next facts.
+    """
 
     why: str
+    is_short: bool = False
 
 
 @dataclass(frozen=True)
@@ -221,7 +244,7 @@ def decide(plan: Plan, journal: Sequence[Entry], facts: Facts, cluster: Cluster 
     waiting = [n for n in missing if n not in facts.alive]
     if not waiting:
         return [*actions, Wait("processes to end")]
-    return actions + _start(plan, account.packing, waiting, facts, cluster)
+    return actions + _start(plan, account, waiting, facts, cluster)
 
 
 def _reason_to_give_up(campaign: Campaign, account: Account, name: str) -> str:
@@ -254,26 +277,54 @@ def _publish(campaign: Campaign, members: tuple[str, ...], facts: Facts) -> list
     return [Done()]
 
 
-def _start(
-    plan: Plan, packing: Packing | None, waiting: Sequence[str], facts: Facts, cluster: Cluster | None
-) -> list[Action]:
+def _start(plan: Plan, account: Account, waiting: Sequence[str], facts: Facts, cluster: Cluster | None) -> list[Action]:
     """Those of ``waiting`` for which there is room."""
     if cluster is None:
         return [Look()]
-    if packing is None:
+    campaign, packing, wanted = plan.campaign, account.packing, account.wanted
+    is_short_for_good = facts.short_s > campaign.config.guard.wait_for_workers_s
+    if packing is None or wanted is None or account.asked != campaign.asked:
+        if facts.alive:
+            return [Wait("processes to end")]  # of a driver before, which was asked for other workers
         packing = pack(plan, cluster)
-        return [Pack(packing)] if packing.slots else [Wait("a machine for a worker")]
+        if packing.slots:
+            return [Pack(packing)]
+        wanted = packing
     num = slots_of(cluster, packing.use_gpu, packing.cpus_per_worker)
     if not num:
-        return [Wait("a machine for a worker")]
-    if not facts.alive and any(packing.workers[name] > num for name in waiting):
-        return [Pack(pack_fewer(plan, packing, num))]
+        if is_short_for_good and not facts.alive:
+            return [Stop(_no_room(campaign, packing, facts, cluster))]
+        return [Wait("a machine for a worker", is_short=not facts.alive)]
+    if not facts.alive:
+        fewer, now = pack_fewer(plan, wanted, num), packing.workers
+        grown = {name: max(workers, fewer.workers[name]) for name, workers in now.items()}
+        if any(grown[name] > now[name] for name in waiting):
+            return [Pack(replace(packing, workers=grown, slots=num))]
+        if is_short_for_good and any(now[name] > num for name in waiting):
+            return [Pack(fewer)]
     free = num - sum(packing.workers[name] for name in facts.alive)
-    room = (plan.campaign.config.max_at_once or len(plan.steps)) - len(facts.alive)
+    room = (campaign.config.max_at_once or len(plan.steps)) - len(facts.alive)
     starts: list[Action] = []
     for name in waiting:
         needed = packing.workers[name]
         if name not in facts.resting and needed <= free and room > 0:
             starts.append(Start(name, needed, packing))
             free, room = free - needed, room - 1
-    return starts or [Wait("room on the cluster" if facts.alive else "a moment after a failure")]
+    if starts:
+        return starts
+    if not facts.alive and all(packing.workers[name] > num for name in waiting):
+        return [Wait(f"a larger cluster ({num} worker(s) fit)", is_short=True)]
+    return [Wait("room on the cluster" if facts.alive else "a moment after a failure")]
+
+
+def _no_room(campaign: Campaign, packing: Packing, facts: Facts, cluster: Cluster) -> Refusal:
+    """Why the campaign stops where no worker can be placed."""
+    each = f"{packing.cpus_per_worker} CPU(s)" + (" and a GPU" if packing.use_gpu else "")
+    is_fixed = math.isinf(facts.short_s)
+    waited = "" if is_fixed else f" for {facts.short_s:.0f} s (guard.wait_for_workers_s)"
+    text = (
+        f"no worker of campaign {campaign.config.name!r} has fitted on the cluster{waited}: it needs {each} on one "
+        f"machine, of {cluster.cpus} CPUs and {cluster.gpus} GPUs in all. All checkpoints and scores are kept: go on "
+        "with the same command on a larger cluster, or with another --placement.use-gpu or --placement.cpus-per-worker"
+    )
+    return Refusal(Ending.USER if is_fixed else Ending.FAILED, text)

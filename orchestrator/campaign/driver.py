@@ -5,6 +5,7 @@ Each member is a process of its own on the cluster that the driver has joined, o
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
@@ -119,6 +120,13 @@ def facts_of(opened: Opened) -> Facts:
     return Facts(done=frozenset(done), ensemble=made, submission=submission)
 
 
+def _name_of(number: int) -> str:
+    """A signal's name; those between SIGRTMIN and SIGRTMAX have none."""
+    with suppress(ValueError):
+        return signal.Signals(number).name
+    return f"signal {number}"
+
+
 def _as_error(refusal: Refusal) -> Exception:
     return ValueError(refusal.text) if refusal.ending is Ending.USER else RunFailedError(refusal.text)
 
@@ -152,7 +160,9 @@ class Driver:
         self._facts = Facts()
         self._cluster: Cluster | None = None
         self._looked_s = 0.0
+        self._short_since_s: float | None = None  # the cluster is too small
         self._address = ""
+        self._is_local = False  # a cluster of this driver's own
         self._session = ExitStack()
         self._logs: Path | None = None
         self._said_wait = ""
@@ -168,7 +178,7 @@ class Driver:
         with owner, self._session:
             self._journal = Journal(self._folder, owner.number)
             self._meet_orphans()
-            self._journal.add(Kind.OPENED, least=self._campaign.least)
+            self._journal.add(Kind.OPENED, least=self._campaign.least, max_failures=self._campaign.config.max_failures)
             try:
                 self._go_on(owner)
             finally:
@@ -189,7 +199,7 @@ class Driver:
             alive = frozenset(self._children) | frozenset(self._orphans)
             now_s = time.monotonic()
             resting = frozenset(name for name, until_s in self._rests_until_s.items() if until_s > now_s)
-            facts = replace(self._facts, alive=alive, resting=resting)
+            facts = replace(self._facts, alive=alive, resting=resting, short_s=self._short_s())
             for action in decide(self._plan, self._journal.entries, facts, self._cluster):
                 match action:
                     case Done():
@@ -199,7 +209,8 @@ class Driver:
                         self._journal.add(Kind.STOPPED, why=refusal.text)
                         self._changed()
                         raise _as_error(refusal)
-                    case Wait(why):
+                    case Wait(why, is_short):
+                        self._short_since_s = (self._short_since_s or time.monotonic()) if is_short else None
                         self._wait(why)
                     case Look():
                         self._look()
@@ -232,6 +243,12 @@ class Driver:
         if waits and self._address and time.monotonic() - self._looked_s > _LOOK_EVERY_S:
             self._cluster = None  # it may have grown, or come back
 
+    def _short_s(self) -> float:
+        """How long nothing could be started for want of machines."""
+        if self._is_local:
+            return math.inf
+        return time.monotonic() - self._short_since_s if self._short_since_s is not None else 0.0
+
     def _ended(self) -> set[str]:
         return {name for name, child in self._children.items() if child.exit_code() is not None} | {
             name for name, process in self._orphans.items() if process.lives() is not True
@@ -246,7 +263,7 @@ class Driver:
 
             self._cluster = self._session.enter_context(ray_session())
             self._address = ray.get_runtime_context().gcs_address
-            self._looked_s = float("inf")  # it does not change
+            self._looked_s, self._is_local = math.inf, True  # it does not change
         else:
             # Nothing is kept open: the campaign outlives a head that is started again.
             try:
@@ -255,22 +272,36 @@ class Driver:
             except ValueError as error:
                 if not self._address:
                     raise
-                self._tell(str(error))
+                if self._short_since_s is None:
+                    self._tell(str(error))
+                    self._short_since_s = time.monotonic()
+                if self._short_s() > self._campaign.config.guard.wait_for_workers_s and not self._children:
+                    raise RunFailedError(
+                        f"the cluster of campaign {self._campaign.config.name!r} has been away for "
+                        f"{self._short_s():.0f} s (guard.wait_for_workers_s): {error}. All checkpoints and scores are "
+                        "kept: the same command goes on"
+                    ) from None
                 self._wait("the cluster")
             self._looked_s = time.monotonic()
 
     def _pack(self, packing: Packing) -> None:
-        before = account_of(list(self._configs), self._journal.entries).packing
-        self._journal.add(Kind.PACKED, packing=asdict(packing))
+        account, asked = account_of(list(self._configs), self._journal.entries), self._campaign.asked
+        before = account.packing
+        self._journal.add(Kind.PACKED, packing=asdict(packing), asked=asked)
         kind = "GPU" if packing.use_gpu else "CPU"
         words = ", ".join(f"{name} {workers}" for name, workers in packing.workers.items())
         if before is None:
             self._tell(f"{packing.slots} {kind} worker(s) fit on the cluster; workers of each member: {words}")
+            return
+        if account.asked != asked:
+            why = "other workers are asked for than before"
         else:
-            self._tell(
-                f"the cluster has become smaller ({packing.slots} {kind} worker(s) fit): members go on with fewer "
-                f"workers, so that weights are no longer the same to the last bit: {words}"
-            )
+            is_less = sum(packing.workers.values()) < sum(before.workers.values())
+            why = f"the cluster has become {'smaller' if is_less else 'larger'}"
+        self._tell(
+            f"{why} ({packing.slots} {kind} worker(s) fit): members go on with other numbers of workers, so that "
+            f"weights are no longer the same to the last bit: {words}"
+        )
 
     # -- members ------------------------------------------------------------------------------------------------
 
@@ -317,7 +348,7 @@ class Driver:
         elif code == 0:
             said = f"the run has ended, and not all of its scores are there ({run.url}/scores)"
         elif code is not None and code < 0:
-            said = f"killed by {signal.Signals(-code).name}" + (f": {said}" if said else "")
+            said = f"killed by {_name_of(-code)}" + (f": {said}" if said else "")
         progress = progress_of(run)
         self._journal.add(Kind.ENDED, name, code=code, asked=asked, done=done, progress=progress, said=said)
         if done:
@@ -328,6 +359,8 @@ class Driver:
             failures = account_of(list(self._configs), self._journal.entries).failures.get(name, 0)
             rest_s = min(_LONGEST_REST_S, _FIRST_REST_S * 2 ** (failures - 1))
             self._rests_until_s[name] = time.monotonic() + rest_s
+            if not self._is_local:
+                self._cluster = None  # it may be why: nothing is started before it answers
             self._tell(f"{name} ended with {code}: {said} (log {self._log_path(name)})")
         self._changed()
 
@@ -387,7 +420,10 @@ class Driver:
 
     def _publish_ensemble(self, members: Sequence[str]) -> None:
         if lost := [name for name in self._configs if name not in members]:
-            self._tell(f"the ensemble is made without {', '.join(lost)} (least_members {self._campaign.least})")
+            self._tell(
+                f"the ensemble is made without {', '.join(lost)} (least_members {self._campaign.least}); a start with "
+                f"--least-members {len(self._configs)} tries them again"
+            )
         products.build_ensembles(self._folder, self._campaign, members, self._data_sha256)
         self._journal.add(Kind.ENSEMBLE, members=list(members))
         self._facts = replace(self._facts, ensemble=frozenset(members))

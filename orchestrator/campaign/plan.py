@@ -48,15 +48,18 @@ class CampaignConfig:
     seed: int = 0
     """of the campaign: member n (from 0 on) has the seed 1000 · seed + n"""
     least_members: int = 0
-    """go on with so many members when others fail for good; 0: all are needed. May change at every start"""
+    """go on with so many members when others fail for good; 0: all are needed. May change at every start: members that
+    failed for good are tried again by a start that needs more than are left"""
     submission: Protocol | None = None
     """protocol whose scores are submitted; None: multi_scale if it is tested, else the last one named"""
     workers_per_member: int = 0
-    """worker processes of each member; 0: decided once from the cluster, so that all members are done soonest"""
+    """worker processes of each member; 0: decided once from the cluster, so that all members are done soonest.
+    Another number than before decides again"""
     max_at_once: int = 0
     """members that train at a time; 0: as many as fit"""
     max_failures: int = 3
-    """ends of a member's process without progress in between that are put up with (each run has its own guard)"""
+    """ends of a member's process without progress in between that are put up with (each run has its own guard); of
+    those with exit code 2, a mistake, one"""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     placement: PlacementConfig = field(default_factory=PlacementConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
@@ -101,6 +104,16 @@ class Campaign:
     def least(self) -> int:
         """Members without which there is no submission."""
         return self.config.least_members or len(self.members)
+
+    @property
+    def asked(self) -> dict[str, int | bool | None]:
+        """What decides the workers of each member, beside the cluster: when it changes they are decided again."""
+        c = self.config
+        return {
+            "workers_per_member": c.workers_per_member,
+            "cpus_per_worker": c.placement.cpus_per_worker,
+            "use_gpu": c.placement.use_gpu,
+        }
 
     @property
     def submitted(self) -> Protocol | None:
@@ -207,8 +220,13 @@ def pack(plan: Plan, cluster: Cluster) -> Packing:
     return Packing(workers(each), cpus, use_gpu, num)
 
 
+def has_room(packing: Packing, cluster: Cluster) -> bool:
+    """Whether a worker of ``packing`` fits anywhere."""
+    return slots_of(cluster, packing.use_gpu, packing.cpus_per_worker) > 0
+
+
 def pack_fewer(plan: Plan, packing: Packing, num_slots: int) -> Packing:
-    """The same on a cluster that has become too small for a member, of which nothing runs."""
+    """The same on a cluster that is too small for a member."""
     batches = {name: config.batch for name, config in plan.campaign.run_configs().items()}
     workers = {
         name: largest_share(min(old, num_slots), batches[name].global_batch_size, batches[name].bn_group_size)

@@ -75,7 +75,7 @@ def read(folder: Storage) -> Status:
     """Raises ValueError where there is no campaign in ``folder``, OSError where it cannot be read."""
     about, entries = read_about(folder), Journal(folder).entries
     account = account_of(list(about.members), entries)
-    last = entries[-1] if entries else None
+    last = account.last
     return Status(
         folder.url.rpartition("/")[2],
         tuple(_row(folder, name, about, account) for name in about.members),

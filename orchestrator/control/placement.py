@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from orchestrator.config import TrainConfig
-from orchestrator.ray_session import Cluster
+from orchestrator.ray_session import Cluster, ClusterError
 from orchestrator.world import largest_share, share_of
 
 
@@ -25,7 +25,7 @@ class Placement:
 
 
 def place(config: TrainConfig, cluster: Cluster) -> Placement:
-    """Workers for this cluster. Raises ValueError where it has too few CPUs or GPUs."""
+    """Workers for this cluster. Raises ClusterError where it has too few CPUs or GPUs."""
     p, batch = config.placement, config.batch
     use_gpu = cluster.gpus > 0 if p.use_gpu is None else p.use_gpu
     slots = slots_of(cluster, use_gpu, max(1, p.cpus_per_worker))
@@ -34,14 +34,14 @@ def place(config: TrainConfig, cluster: Cluster) -> Placement:
     if least > slots:
         kind = "GPUs" if use_gpu and least > cluster.gpus else "CPUs"
         have = f"{cluster.gpus}" if kind == "GPUs" else f"{cluster.cpus}{each}"
-        raise ValueError(
+        raise ClusterError(
             f"{least} workers need more {kind} than the cluster's {have}: lower --placement.num-workers "
             "(0 takes what is there)" + (" or --placement.cpus-per-worker" if each else "")
         )
     if slots < 1 and use_gpu and not cluster.gpus:
-        raise ValueError("the cluster has no GPUs for a worker: start one with some, or change --placement.use-gpu")
+        raise ClusterError("the cluster has no GPUs for a worker: start one with some, or change --placement.use-gpu")
     if slots < 1:
-        raise ValueError(
+        raise ClusterError(
             f"no node of the cluster has the CPUs for a worker{each}: start one with some, or lower "
             "--placement.cpus-per-worker"
         )

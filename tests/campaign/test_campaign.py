@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -29,7 +30,15 @@ from orchestrator.campaign.decisions import (
     decide,
 )
 from orchestrator.campaign.plan import Campaign, CampaignConfig, Member, Packing, Plan, pack
-from orchestrator.config import BatchConfig, EvaluationConfig, InputConfig, ModelConfig, Protocol, TrainConfig
+from orchestrator.config import (
+    BatchConfig,
+    EvaluationConfig,
+    InputConfig,
+    ModelConfig,
+    PlacementConfig,
+    Protocol,
+    TrainConfig,
+)
 from orchestrator.control.guard import Ending
 from orchestrator.ray_session import Cluster, Node
 
@@ -59,12 +68,18 @@ def ended(member: str, code: int | None, *, progress: int = 0, asked: bool = Fal
     return Kind.ENDED, member, detail
 
 
-OPENED = (Kind.OPENED, "", {"least": 3})
-PACKED = (
-    Kind.PACKED,
-    "",
-    {"packing": {"workers": {"a": 1, "b": 1, "c": 1}, "cpus_per_worker": 1, "use_gpu": False, "slots": 2}},
-)
+def opening(least: int = 3, max_failures: int = 3) -> tuple[Kind, str, dict[str, Any]]:
+    return Kind.OPENED, "", {"least": least, "max_failures": max_failures}
+
+
+def packed(each: int, *, asked: int = 0, use_gpu: bool = False) -> tuple[Kind, str, dict[str, Any]]:
+    """Of a, b, c, each with so many workers; ``asked`` on the command line."""
+    packing = Packing(dict.fromkeys("abc", each), 1, use_gpu, max(2, each))
+    return Kind.PACKED, "", {"packing": asdict(packing), "asked": plan_of(18, workers_per_member=asked).campaign.asked}
+
+
+OPENED = opening()
+PACKED = packed(1)
 
 # -- plan -----------------------------------------------------------------------------------------------------------
 
@@ -156,13 +171,14 @@ def test_a_new_campaign_looks_packs_and_starts() -> None:
     assert isinstance(first, Pack)
     packing = Packing({"a": 1, "b": 1, "c": 1}, 1, False, 2)
     assert first.packing == packing
-    assert decide(plan, entries(OPENED, PACKED), Facts(), TWO_CPUS) == [Start("b", 1, packing), Start("a", 1, packing)]
+    journal = entries(OPENED, packed(1, asked=1))
+    assert decide(plan, journal, Facts(), TWO_CPUS) == [Start("b", 1, packing), Start("a", 1, packing)]
     resting = Facts(resting=frozenset("b"))
-    assert decide(plan, entries(OPENED, PACKED), resting, TWO_CPUS) == [Start("a", 1, packing), Start("c", 1, packing)]
+    assert decide(plan, journal, resting, TWO_CPUS) == [Start("a", 1, packing), Start("c", 1, packing)]
     one = plan_of(18, 50, 18, workers_per_member=1, max_at_once=1)
-    assert decide(one, entries(OPENED, PACKED), Facts(), TWO_CPUS) == [Start("b", 1, packing)]
+    assert decide(one, journal, Facts(), TWO_CPUS) == [Start("b", 1, packing)]
     alive = Facts(alive=frozenset("ab"))
-    assert decide(plan, entries(OPENED, PACKED), alive, TWO_CPUS) == [Wait("room on the cluster")]
+    assert decide(plan, journal, alive, TWO_CPUS) == [Wait("room on the cluster")]
 
 
 def test_a_finished_campaign_needs_no_cluster() -> None:
@@ -180,7 +196,7 @@ def test_a_finished_campaign_needs_no_cluster() -> None:
 
 
 def test_a_member_that_the_user_must_mend_stops_a_campaign_that_needs_all() -> None:
-    plan, journal = plan_of(18, 18, 18), entries(OPENED, PACKED, ended("a", 2))
+    plan, journal = plan_of(18, 18, 18), entries(OPENED, PACKED, ended("a", 2), ended("a", 2))
     actions = decide(plan, journal, Facts(alive=frozenset("b")), TWO_CPUS)
     assert actions == [GiveUp("a", "error: a failed"), End("b"), Wait("processes to end")]
     given_up, stop = decide(plan, journal, Facts(done=frozenset("c")), TWO_CPUS)
@@ -195,7 +211,7 @@ def test_a_member_that_the_user_must_mend_stops_a_campaign_that_needs_all() -> N
 
 def test_a_campaign_goes_on_with_k_of_n() -> None:
     plan = plan_of(18, 18, 18, least_members=2)
-    journal = entries((Kind.OPENED, "", {"least": 2}), PACKED, ended("a", 2), (Kind.GAVE_UP, "a", {"why": "x"}))
+    journal = entries(opening(2), PACKED, ended("a", 2), (Kind.GAVE_UP, "a", {"why": "x"}))
     starts = decide(plan, journal, Facts(), TWO_CPUS)
     assert [a.member for a in starts if isinstance(a, Start)] == ["b", "c"]
     assert decide(plan, journal, Facts(done=frozenset("bc")), None) == [BuildEnsemble(("b", "c"))]
@@ -216,33 +232,98 @@ def test_failures_are_put_up_with_as_long_as_there_is_progress() -> None:
 
 
 def test_a_start_that_needs_more_members_tries_them_again() -> None:
-    rows = entries((Kind.OPENED, "", {"least": 2}), PACKED, ended("a", 2), (Kind.GAVE_UP, "a", {"why": "x"}))
-    again = Entry(9, Kind.OPENED, 2, "", {"least": 2})
+    rows = entries(opening(2), PACKED, ended("a", 2), ended("a", 2), (Kind.GAVE_UP, "a", {"why": "x"}))
+    again = Entry(9, Kind.OPENED, 2, "", opening(2)[2])
     assert account_of("abc", [*rows, again]).given_up == {"a": "x"}
-    assert account_of("abc", [*rows, replace(again, detail={"least": 3})]).given_up == {}
+    assert account_of("abc", [*rows, replace(again, detail=opening(3)[2])]).given_up == {}
+
+
+@pytest.mark.parametrize("end", [ended("a", 2), ended("a", 1)])
+def test_so_does_one_after_a_kill_between_an_end_and_what_follows_from_it(
+    end: tuple[Kind, str, dict[str, Any]],
+) -> None:
+    plan, rows = plan_of(18, 18, 18, max_failures=1), entries(opening(3, 1), PACKED, end, end)
+    assert isinstance(decide(plan, rows, Facts(), TWO_CPUS)[0], GiveUp)
+    again = Entry(9, Kind.OPENED, 2, "", opening(3, 1)[2])
+    assert all(isinstance(a, Start) for a in decide(plan, [*rows, again], Facts(), TWO_CPUS))
+    # Without it there are enough: it stays given up.
+    plan = plan_of(18, 18, 18, max_failures=1, least_members=2)
+    again = replace(again, detail=opening(2, 1)[2])
+    assert isinstance(decide(plan, [*rows, again], Facts(), TWO_CPUS)[0], GiveUp)
+
+
+def test_one_refusal_may_be_of_the_moment() -> None:
+    plan = plan_of(18, 18, 18)
+
+    def is_given_up(*ends: tuple[Kind, str, dict[str, Any]]) -> bool:
+        return any(isinstance(a, GiveUp) for a in decide(plan, entries(OPENED, PACKED, *ends), Facts(), TWO_CPUS))
+
+    assert not is_given_up(ended("a", 2))
+    assert is_given_up(ended("a", 2), ended("a", 2))
+    assert not is_given_up(ended("a", 2), ended("a", 1), ended("a", 2))
+    assert not is_given_up(ended("a", 2), ended("a", 2, progress=5))
+    assert is_given_up(ended("a", 2), ended("a", 2, progress=5), ended("a", 2, progress=5))
 
 
 def test_what_a_superseded_driver_writes_late_does_not_count() -> None:
     rows = entries(OPENED, PACKED)
-    newer = Entry(3, Kind.OPENED, 2, "", {"least": 3})
+    newer = Entry(3, Kind.OPENED, 2, "", OPENED[2])
     late = Entry(4, Kind.GAVE_UP, 1, "a", {"why": "late"})
-    assert account_of("abc", [*rows, newer, late]).given_up == {}
+    account = account_of("abc", [*rows, newer, late])
+    assert account.given_up == {}
+    assert account.last == newer
 
 
-def test_a_smaller_cluster_has_fewer_workers_once_nothing_runs() -> None:
-    plan = plan_of(18, 18, 18, workers_per_member=4)
-    packing = {"workers": dict.fromkeys("abc", 4), "cpus_per_worker": 1, "use_gpu": False, "slots": 4}
-    journal = entries(OPENED, (Kind.PACKED, "", {"packing": packing}))
-    assert decide(plan, journal, Facts(alive=frozenset("a")), TWO_CPUS) == [Wait("room on the cluster")]
-    (action,) = decide(plan, journal, Facts(), TWO_CPUS)
-    assert action == Pack(Packing(dict.fromkeys("abc", 2), 1, False, 2))
-    assert decide(plan, journal, Facts(), Cluster(())) == [Wait("a machine for a worker")]
+def test_a_smaller_cluster_is_waited_for_before_members_have_fewer_workers() -> None:
+    plan, journal = plan_of(18, 18, 18, workers_per_member=4), entries(OPENED, packed(4, asked=4))
+    assert decide(plan, journal, Facts(alive=frozenset("a"), short_s=math.inf), TWO_CPUS) == [
+        Wait("room on the cluster")
+    ]
+    (action,) = decide(plan, journal, Facts(short_s=599), TWO_CPUS)  # guard.wait_for_workers_s is 600
+    assert isinstance(action, Wait)
+    assert action.is_short
+    fewer = Packing(dict.fromkeys("abc", 2), 1, False, 2)
+    assert decide(plan, journal, Facts(short_s=601), TWO_CPUS) == [Pack(fewer)]
+    assert decide(plan, journal, Facts(), Cluster(())) == [Wait("a machine for a worker", is_short=True)]
+
+
+def test_a_cluster_that_has_grown_again_is_used_once_nothing_runs() -> None:
+    plan, rows = plan_of(18, 18, 18, workers_per_member=4), [OPENED, packed(4, asked=4), packed(1, asked=4)]
+    four = Cluster((Node(4, 0),))
+    assert decide(plan, entries(*rows), Facts(), four) == [Pack(Packing(dict.fromkeys("abc", 4), 1, False, 4))]
+    assert decide(plan, entries(*rows), Facts(), TWO_CPUS) == [Pack(Packing(dict.fromkeys("abc", 2), 1, False, 2))]
+    starts = decide(plan, entries(*rows), Facts(alive=frozenset("a")), four)
+    assert [a.workers for a in starts if isinstance(a, Start)] == [1, 1]
+    # Not beyond what was decided first.
+    starts = decide(plan, entries(*rows[:2]), Facts(), Cluster((Node(64, 0),)))
+    assert [a.workers for a in starts if isinstance(a, Start)] == [4, 4, 4]
+
+
+def test_other_workers_that_are_asked_for_are_given() -> None:
+    plan, journal = plan_of(18, 18, 18, workers_per_member=2), entries(OPENED, packed(1))
+    assert decide(plan, journal, Facts(), TWO_CPUS) == [Pack(Packing(dict.fromkeys("abc", 2), 1, False, 2))]
+    assert decide(plan, journal, Facts(alive=frozenset("a")), TWO_CPUS) == [Wait("processes to end")]
+
+
+@pytest.mark.parametrize(
+    "placement", [PlacementConfig(use_gpu=True), PlacementConfig(cpus_per_worker=8)], ids=["no GPU", "too many CPUs"]
+)
+def test_what_can_never_fit_stops_the_campaign(placement: PlacementConfig) -> None:
+    plan = plan_of(18, 18, 18, placement=placement)
+    (stop,) = decide(plan, entries(OPENED), Facts(short_s=math.inf), TWO_CPUS)  # a cluster of the driver's own
+    assert isinstance(stop, Stop)
+    assert stop.refusal.ending is Ending.USER
+    assert "no worker of campaign 'c' has fitted on the cluster: it needs" in stop.refusal.text
+    (stop,) = decide(plan, entries(OPENED), Facts(short_s=601), TWO_CPUS)
+    assert isinstance(stop, Stop)
+    assert stop.refusal.ending is Ending.FAILED
+    assert decide(plan, entries(OPENED), Facts(), TWO_CPUS) == [Wait("a machine for a worker", is_short=True)]
 
 
 def test_a_campaign_on_gpus_does_not_fall_back_to_cpus() -> None:
-    packing = {"workers": dict.fromkeys("abc", 1), "cpus_per_worker": 1, "use_gpu": True, "slots": 1}
-    journal = entries(OPENED, (Kind.PACKED, "", {"packing": packing}))
-    assert decide(plan_of(18, 18, 18), journal, Facts(), TWO_CPUS) == [Wait("a machine for a worker")]
+    journal = entries(OPENED, packed(1, use_gpu=True))
+    wait = Wait("a machine for a worker", is_short=True)
+    assert decide(plan_of(18, 18, 18), journal, Facts(), TWO_CPUS) == [wait]
 
 
 # -- every course of events -----------------------------------------------------------------------------------------
@@ -271,10 +352,11 @@ class World:
     def open(self) -> None:
         self.driver += 1
         self.orphans = set(self.alive)
-        self.write(Kind.OPENED, least=self.plan.campaign.least)
+        self.write(Kind.OPENED, least=self.plan.campaign.least, max_failures=self.plan.campaign.config.max_failures)
 
     def facts(self) -> Facts:
-        return Facts(frozenset(self.done), frozenset(self.alive), frozenset(), self.ensemble, self.submission)
+        short_s = self.draw.choice([0.0, 0.0, 700.0])
+        return Facts(frozenset(self.done), frozenset(self.alive), frozenset(), self.ensemble, self.submission, short_s)
 
     @property
     def cluster(self) -> Cluster:
@@ -358,7 +440,7 @@ def _act(world: World, actions: Sequence[object], at_once: int) -> bool:
             case Look():
                 pass
             case Pack(packing):
-                world.write(Kind.PACKED, packing=packing.__dict__)
+                world.write(Kind.PACKED, packing=packing.__dict__, asked=world.plan.campaign.asked)
             case Start(name, workers, _):
                 assert name not in world.done
                 assert name not in world.alive

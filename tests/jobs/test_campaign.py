@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import psutil
@@ -25,6 +25,7 @@ from orchestrator.campaign import status as campaign_status
 from orchestrator.campaign.decisions import Entry, Kind
 from orchestrator.campaign.driver import Opened
 from orchestrator.campaign.journal import Journal
+from orchestrator.campaign.plan import Packing
 from orchestrator.campaign.status import State
 from orchestrator.config import TrainConfig
 from orchestrator.control import supervisor
@@ -300,7 +301,7 @@ def test_a_member_that_fails_for_good(clean: Path, prepared: Path, tmp_path: Pat
         assert made is not None
         assert [entry.model["name"] for entry in made.members] == ["r18-a", "r18-b"]
     kinds = [entry.kind for entry in Journal(folder).entries]
-    assert kinds.count(Kind.STARTED) == 2
+    assert kinds.count(Kind.STARTED) == 3  # before the driver was asked to end, and twice to its end
     assert kinds.count(Kind.GAVE_UP) == 1
     assert submission(tmp_path / "c") != submission(clean)
 
@@ -332,6 +333,21 @@ def test_a_dry_run_tells_members_and_takes_nothing(prepared: Path, tmp_path: Pat
     assert "1 worker(s) to do" in lines["r34"]
     assert lines["submission"] == "submission of ten_crop"
     assert not (tmp_path / "c").exists()
+
+
+def test_a_dry_run_takes_the_workers_of_the_journal_and_refuses_what_cannot_fit(
+    prepared: Path, tmp_path: Path, typed: Run
+) -> None:
+    arguments = [*words(prepared, tmp_path, "c"), "--dry-run"]
+    asked = opened(arguments).plan.campaign.asked
+    packing = asdict(Packing(dict.fromkeys(MEMBERS, 3), 1, False, 3))
+    Journal(Storage(str(tmp_path / "c")), 1).add(Kind.PACKED, packing=packing, asked=asked)
+    code, text = typed(*arguments, main=job.main)
+    assert code == 0, text
+    assert text.count("3 worker(s)") == 3
+    code, text = typed(*arguments, "--placement.use-gpu", "True", main=job.main)
+    assert code == 2
+    assert "no worker fits there" in text
 
 
 def test_no_campaign(tmp_path: Path, typed: Run) -> None:
