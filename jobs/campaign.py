@@ -233,10 +233,15 @@ def run(command: Command) -> int:
     if command.dry_run:
         return _dry_run(opened, console)
     recipes = replace(command.recipe, config=campaign.config).run_configs()
-    tracker = _open_tracker(opened, console)
+    tracker: CampaignTracker | None = None
+
+    def follow() -> None:
+        nonlocal tracker  # MLflow's run is another driver's until the campaign is this one's
+        tracker = _open_tracker(opened, console)
 
     def seen(status: campaign_status.Status) -> None:
-        tracker.tell(note_of(opened.folder, campaign, recipes, status))
+        if tracker is not None:
+            tracker.tell(note_of(opened.folder, campaign, recipes, status))
 
     ending, reason = RunStatus.FAILED, ""
     with Display(console, opened.folder, seen) as display:
@@ -247,6 +252,7 @@ def run(command: Command) -> int:
                 argv=sys.argv,
                 recipes=recipes,
                 tell=display.tell,
+                taken=follow,
                 changed=display.wake,
             ).run()
             ending = RunStatus.FINISHED
@@ -261,11 +267,12 @@ def run(command: Command) -> int:
             raise
         finally:
             display.look()
-            delivery = tracker.close(campaign.config.tracking.wait_s, ending, reason)
+            delivery = tracker.close(campaign.config.tracking.wait_s, ending, reason) if tracker is not None else None
     console.print(campaign_status.table(campaign_status.read(opened.folder)))
     for text in summary(opened.folder, campaign):
         console.print(text, soft_wrap=True)
-    console.print(f"MLflow       {delivery.where}", soft_wrap=True)
+    if delivery is not None:
+        console.print(f"MLflow       {delivery.where}", soft_wrap=True)
     return 0
 
 

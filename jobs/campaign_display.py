@@ -6,7 +6,7 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.console import Console
@@ -40,6 +40,7 @@ class Display:
     def __init__(self, console: Console, folder: Storage, seen: Callable[[campaign_status.Status], None]) -> None:
         self._console, self._folder, self._seen = console, folder, seen
         self._live = Live(Text(""), console=console, auto_refresh=False) if console.is_terminal else None
+        self._said = ""
         self._end, self._wake = threading.Event(), threading.Event()
         self._last_lines_s = time.monotonic()
         self._thread = threading.Thread(target=self._show, name="display", daemon=True)
@@ -70,14 +71,27 @@ class Display:
         self._end.set()
         self._wake.set()
         self._thread.join(timeout=10)
-        with contextlib.suppress(OSError, ValueError):
+        with self._going_on():
             self._seen(campaign_status.read(self._folder))
+
+    @contextlib.contextmanager
+    def _going_on(self) -> Iterator[None]:
+        """Whatever fails in a look, the campaign and the next look go on. What is unexpected is said once."""
+        try:
+            yield
+        except (OSError, ValueError):
+            pass
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}"
+            if text != self._said:
+                self._said = text
+                self.tell(f"the table cannot be shown ({text}): the campaign itself goes on")
 
     def _show(self) -> None:
         while not self._end.is_set():
             self._wake.wait(pause_s(self._folder))
             self._wake.clear()
-            with contextlib.suppress(OSError, ValueError, SystemExit):
+            with contextlib.suppress(SystemExit), self._going_on():
                 status = campaign_status.read(self._folder)
                 self._seen(status)
                 if self._live is not None:

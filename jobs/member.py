@@ -23,6 +23,7 @@ _ENDING_S = 60.0  # for what Ctrl-C makes of a run; a cluster that has gone with
 
 
 def main() -> int:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a campaign that a script starts with & ignores it
     line = sys.stdin.buffer.readline()
     if not line.endswith(b"\n"):
         return command_line.EXIT_INTERRUPTED  # the driver has died before it could say what to do
@@ -50,7 +51,7 @@ def _end_with_driver() -> None:
     while os.read(sys.stdin.fileno(), 4096):
         pass
     print("the campaign's driver has ended: this member ends, and goes on with the next one", flush=True)
-    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(_ENDING_S)
     os._exit(command_line.EXIT_INTERRUPTED)
 

@@ -135,8 +135,8 @@ class Driver:
     """One driver of a campaign: ``run`` returns when all is published.
 
     ``command`` starts a member's process (jobs/member.py); ``argv``: the command that goes on with the campaign;
-    ``recipes``: each member's config without what a person has changed; ``tell`` takes lines for the user; ``changed``
-    is called when something has changed.
+    ``recipes``: each member's config without what a person has changed; ``tell`` takes lines for the user; ``taken`` is
+    called when the campaign is this driver's; ``changed`` when something has changed.
     """
 
     def __init__(
@@ -147,13 +147,14 @@ class Driver:
         argv: Sequence[str],
         recipes: dict[str, TrainConfig],
         tell: Tell,
+        taken: Callable[[], None] = lambda: None,
         changed: Callable[[], None] = lambda: None,
     ) -> None:
         self._opened, self._folder, self._plan = opened, opened.folder, opened.plan
         self._campaign, self._data_sha256 = opened.plan.campaign, opened.data_sha256
         self._configs = self._campaign.run_configs()
         self._command, self._argv, self._recipes = command, argv, recipes
-        self._tell, self._changed = tell, changed
+        self._tell, self._taken, self._changed = tell, taken, changed
         self._children: dict[str, MemberProcess] = {}
         self._orphans: dict[str, Process] = {}  # of a driver that was killed
         self._rests_until_s: dict[str, float] = {}
@@ -174,8 +175,9 @@ class Driver:
         self._folder.check_writable()
         fix_identity(self._folder, self._plan, self._data_sha256)
         guard = self._campaign.config.guard
-        owner = claim(self._folder, lease_s=guard.lease_s, take_over=guard.take_over, tell=self._tell)
+        owner = claim(self._folder, lease_s=guard.lease_s, take_over=guard.take_over, tell=self._tell, what="campaign")
         with owner, self._session:
+            self._taken()
             self._journal = Journal(self._folder, owner.number)
             self._meet_orphans()
             self._journal.add(Kind.OPENED, least=self._campaign.least, max_failures=self._campaign.config.max_failures)

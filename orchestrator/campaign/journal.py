@@ -16,13 +16,13 @@ import json
 import secrets
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
 
 from orchestrator.campaign.decisions import Entry, Kind
 from orchestrator.campaign.plan import Campaign, Plan
-from orchestrator.config import TrainConfig
+from orchestrator.config import GuardConfig, TrackingConfig, TrainConfig
 from orchestrator.plain import differences, digest
 from orchestrator.remote import StoreRefusedError
 from orchestrator.storage import Storage
@@ -50,7 +50,7 @@ def fix_identity(folder: Storage, plan: Plan, data_sha256: str) -> None:
     campaign = plan.campaign
     identity = campaign.identity() | {"data_sha256": data_sha256}
     about = {
-        "members": [[name, config.to_json()] for name, config in campaign.run_configs().items()],
+        "members": [[name, _kept(config).to_json()] for name, config in campaign.run_configs().items()],
         "steps": dict(plan.steps),
         "recipe": campaign.config.recipe,
     }
@@ -59,6 +59,11 @@ def fix_identity(folder: Storage, plan: Plan, data_sha256: str) -> None:
     if not folder.create(_IDENTITY, content) and _stored(folder) is None:
         folder.publish(_IDENTITY, content)  # torn by a kill when the campaign was new
     check_identity(folder, campaign, data_sha256)
+
+
+def _kept(config: TrainConfig) -> TrainConfig:
+    """Without what may change at every start: an address of MLflow may hold a password, which has no place here."""
+    return replace(config, tracking=TrackingConfig(), guard=GuardConfig())
 
 
 def check_identity(folder: Storage, campaign: Campaign, data_sha256: str | None) -> None:

@@ -22,6 +22,7 @@ from orchestrator.training.ownership import Process
 from orchestrator.training.run import finished, run_storage
 
 _SAID_LENGTH = 500
+_MORE_THAN_PARTS = 1_000_000
 
 # -- in storage -----------------------------------------------------------------------------------------------------
 
@@ -56,10 +57,14 @@ def errors_of(config: TrainConfig, data_sha256: str) -> dict[str, float]:
 
 
 def progress_of(run: Storage) -> int:
-    """A number that grows with what a run has stored: steps of its newest checkpoint, then a model, then scores."""
+    """A number that grows with what a run has stored: steps of its newest checkpoint, then a model, then scores.
+
+    A score file stands for more than all the parts that it was put together from, which are gone then.
+    """
     steps = [int(PurePosixPath(n).name.partition("-")[0]) for n in run.files("checkpoints") if n.endswith(".json")]
     later = [n for n in [*run.files("model"), *run.files(scores.FOLDER)] if n.endswith(".json")]
-    return max(steps, default=0) + len(later) + run.exists("finished.json")
+    parts = sum(len(run.files(folder)) for folder in run.folders(scores.FOLDER) if ".parts-" in folder)
+    return max(steps, default=0) + run.exists("finished.json") + _MORE_THAN_PARTS * len(later) + parts
 
 
 # -- as a process ---------------------------------------------------------------------------------------------------
@@ -100,8 +105,10 @@ class MemberProcess:
 
     def interrupt(self) -> None:
         """As Ctrl-C does."""
-        with suppress(ProcessLookupError):
-            self._process.send_signal(signal.SIGINT)
+        with suppress(
+            ProcessLookupError
+        ):  # SIGINT may be ignored: a shell's script gives that to what it starts with &
+            self._process.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
         """At once, with what it has started."""

@@ -145,12 +145,14 @@ class Campaign:
     def identity(self) -> dict[str, Any]:
         """What makes two campaigns the same: members, how they are tested, what is submitted.
 
-        Not how many members may fail: that may change when one has. The data set enters with its digest.
+        Not how many members may fail: that may change when one has. Nor how many pixels go through a network at a
+        time, which may have to change where memory runs out. The data set enters with its digest.
         """
-        submitted = self.submitted
+        submitted, evaluation = self.submitted, to_plain(self.config.evaluation)
+        del evaluation["batch_megapixels"]
         return {
             "members": {name: config.identity() for name, config in self.run_configs().items()},
-            "evaluation": to_plain(self.config.evaluation),
+            "evaluation": evaluation,
             "submission": submitted.value if submitted else None,
         }
 

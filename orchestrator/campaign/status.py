@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from itertools import pairwise
+from statistics import median
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -126,11 +128,13 @@ def _row(folder: Storage, name: str, about: About, account: Account) -> Row:
 
 def _left_s(train: Sequence[Mapping[str, Any]], steps: int) -> float | None:
     """Seconds of training that are left, by the newest measurements."""
-    recent = train[-_RATE_EVENTS:]
-    if len(recent) < 2 or recent[-1]["step"] <= recent[0]["step"]:
-        return None
-    step_s = (recent[-1]["time_ms"] - recent[0]["time_ms"]) / 1000 / (recent[-1]["step"] - recent[0]["step"])
-    return float(max(0.0, step_s) * (steps - recent[-1]["step"]))
+    # The median: a pause between two starts is no work.
+    steps_s = [
+        (after["time_ms"] - before["time_ms"]) / 1000 / (after["step"] - before["step"])
+        for before, after in pairwise(train[-_RATE_EVENTS:])
+        if after["step"] > before["step"]
+    ]
+    return max(0.0, median(steps_s)) * (steps - train[-1]["step"]) if steps_s else None
 
 
 # -- shown ----------------------------------------------------------------------------------------------------------

@@ -175,8 +175,10 @@ _HELD: set[str] = set()
 # -- a driver's claim -----------------------------------------------------------------------------------------------
 
 
-def claim(run: Storage, *, lease_s: float, take_over: bool, tell: Callable[[str], None]) -> Claim:
+def claim(run: Storage, *, lease_s: float, take_over: bool, tell: Callable[[str], None], what: str = "run") -> Claim:
     """Take the run for this process, and keep up the life sign until ``release``. A context manager.
+
+    what: how messages call what the folder holds, where that is no run.
 
     A driver of this machine that is gone is succeeded at once. One of another machine (or container) is watched for
     ``lease_s`` seconds, which ``tell`` is told; with ``take_over`` nobody is waited for. Raises AtWorkError where
@@ -196,7 +198,7 @@ def claim(run: Storage, *, lease_s: float, take_over: bool, tell: Callable[[str]
             who = start.token if start else None
             if who not in judged:
                 if not take_over:
-                    _wait_for_the_end_of(run, newest, start, lease_s, tell)
+                    _wait_for_the_end_of(run, newest, start, lease_s, tell, what)
                 judged.add(who)
                 continue  # somebody else may have come meanwhile
         if _take(run, newest + 1, _this_process(token, newest + 1)):
@@ -255,7 +257,7 @@ class Claim:
 
 
 def _wait_for_the_end_of(
-    run: Storage, number: int, start: Start | None, lease_s: float, tell: Callable[[str], None]
+    run: Storage, number: int, start: Start | None, lease_s: float, tell: Callable[[str], None], what: str
 ) -> None:
     """Until the driver of ``start`` is known not to go on; None: its record is torn. Raises ValueError if it lives."""
     if start is not None and _released(run, start.claim):
@@ -263,17 +265,17 @@ def _wait_for_the_end_of(
     driver = start.driver if start else f"the driver that began start number {number}"
     if not run.creates_exclusively:
         raise ValueError(
-            f"run {run.url}: {driver} has not said that it ended, and this store cannot keep two drivers apart: when "
-            "you know that it is dead, give --guard.take-over True"
+            f"{what} {run.url}: {driver} has not said that it ended, and this store cannot keep two drivers apart: "
+            "when you know that it is dead, give --guard.take-over True"
         )
     alive = _process_lives(start) if start else None
     if alive is None:
-        tell(f"run {run.url}: waiting {lease_s:.0f} s to see whether {driver} still lives")
+        tell(f"{what} {run.url}: waiting {lease_s:.0f} s to see whether {driver} still lives")
         alive = not _is_silent(run, number, start, lease_s)
     if alive:
         raise AtWorkError(
-            f"run {run.url} is at work: {driver} is alive. Stop that one, or wait for its end: then the same command "
-            "goes on"
+            f"{what} {run.url} is at work: {driver} is alive. Stop that one, or wait for its end: then the same "
+            "command goes on"
         )
 
 

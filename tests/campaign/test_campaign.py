@@ -127,6 +127,8 @@ def test_the_identity_is_members_and_tests_and_not_the_machines() -> None:
     plan = plan_of(18, 34)
     same = replace(plan.campaign.config, storage="/other", name="d", least_members=1, max_at_once=1)
     assert replace(plan.campaign, config=same).identity() == plan.campaign.identity()
+    less_memory = replace(plan.campaign.config, evaluation=replace(EVALUATION, batch_megapixels=0.5))
+    assert replace(plan.campaign, config=less_memory).identity() == plan.campaign.identity()
     other = replace(plan.campaign.config, seed=1)
     assert replace(plan.campaign, config=other).identity() != plan.campaign.identity()
 

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.campaign import status as campaign_status
 from orchestrator.campaign.decisions import Kind
 from orchestrator.campaign.journal import Journal, check_identity, fix_identity, read_about
+from orchestrator.campaign.member import progress_of
+from orchestrator.config import TrackingConfig
 from orchestrator.storage import Storage
 from orchestrator.training.ownership import SupersededError
 from tests.campaign.test_campaign import plan_of
@@ -27,6 +30,33 @@ def test_the_folder_tells_what_the_campaign_is(folder: Storage) -> None:
     assert about.members == plan.campaign.run_configs()
     assert about.steps == {"a": 100, "b": 100}
     assert (about.recipe, about.data_sha256) == ("ours", "d1")
+
+
+def test_no_address_of_mlflow_is_kept(folder: Storage) -> None:
+    plan = plan_of(18, tracking=TrackingConfig(uri="http://somebody:secret@mlflow"))
+    fix_identity(folder, plan, "d1")
+    assert b"secret" not in folder.read("campaign.json")
+    assert read_about(folder).members["a"].evaluation == plan.campaign.config.evaluation
+
+
+def test_parts_of_a_test_are_progress_and_a_score_file_more(folder: Storage) -> None:
+    moments = [progress_of(folder)]
+    for name in ("checkpoints/000010-1.json", "model/10-last-bn0.json", "scores/val-a.parts-1/000000"):
+        folder.publish(name, b"{}")
+        moments.append(progress_of(folder))
+    folder.publish("scores/val-a.parts-1/000001", b"")
+    moments.append(progress_of(folder))
+    folder.publish("scores/val-a.json", b"{}")
+    folder.delete("scores/val-a.parts-1")
+    moments.append(progress_of(folder))
+    assert moments == sorted(set(moments))
+
+
+def test_time_that_is_left_does_not_count_a_pause_as_work() -> None:
+    times_s = [0, 10, 20, 30, 30 + 100_000, 40 + 100_000]  # ten steps in ten seconds each
+    events = [{"step": 10 * (i + 1), "time_ms": 1000 * time_s} for i, time_s in enumerate(times_s)]
+    assert campaign_status._left_s(events, 100) == 40
+    assert campaign_status._left_s(events[:1], 100) is None
 
 
 def test_another_campaign_of_the_same_name_is_refused_with_the_differences(folder: Storage) -> None:

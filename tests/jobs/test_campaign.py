@@ -17,19 +17,23 @@ from pathlib import Path
 
 import psutil
 import pytest
+from rich.console import Console
 
 from jobs import campaign as job
+from jobs.campaign_display import Display
 from orchestrator.campaign import driver as campaign_driver
 from orchestrator.campaign import products as campaign_products
 from orchestrator.campaign import status as campaign_status
 from orchestrator.campaign.decisions import Entry, Kind
 from orchestrator.campaign.driver import Opened
-from orchestrator.campaign.journal import Journal
+from orchestrator.campaign.journal import Journal, fix_identity
+from orchestrator.campaign.member import MemberProcess
 from orchestrator.campaign.plan import Packing
 from orchestrator.campaign.status import State
 from orchestrator.config import TrainConfig
 from orchestrator.control import supervisor
 from orchestrator.storage import Storage
+from orchestrator.training.ownership import claim
 from tests.jobs.conftest import Run
 from tests.training.group import CONTEXT, EVERY_FAULT, fault_seeds
 
@@ -348,6 +352,46 @@ def test_a_dry_run_takes_the_workers_of_the_journal_and_refuses_what_cannot_fit(
     code, text = typed(*arguments, "--placement.use-gpu", "True", main=job.main)
     assert code == 2
     assert "no worker fits there" in text
+
+
+def test_a_driver_that_is_refused_leaves_mlflow_to_the_one_at_work(prepared: Path, tmp_path: Path, typed: Run) -> None:
+    folder = Storage(str(tmp_path / "c"))
+    arguments = words(prepared, tmp_path, "c", "--tracking.uri", f"sqlite:///{tmp_path}/mlflow.db")
+    with claim(folder, lease_s=5, take_over=False, tell=print, what="campaign"):
+        code, text = typed(*arguments, main=job.main)
+    assert code == 2
+    assert f"error: campaign {folder.url} is at work: the driver on" in " ".join(text.split())
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_a_look_that_fails_ends_neither_the_table_nor_the_campaign(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    what, seen = opened(words(prepared, tmp_path, "c")), list[int]()
+    fix_identity(what.folder, what.plan, what.data_sha256)
+
+    def fails(status: campaign_status.Status) -> None:
+        seen.append(1)
+        raise KeyError("surprise")
+
+    with Display(Console(), what.folder, fails) as display:
+        for number in (1, 2):
+            display.wake()
+            wait_for(lambda least=number: len(seen) >= least, "the display has ended", timeout_s=30)
+        display.look()
+    assert capsys.readouterr().out.count("the table cannot be shown (KeyError: 'surprise')") == 1
+
+
+def test_a_member_is_ended_though_it_ignores_ctrl_c(tmp_path: Path) -> None:
+    lines = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('ready', flush=True)"
+    child = MemberProcess([sys.executable, "-c", f"{lines}; time.sleep(100)"], tmp_path / "log.txt", os.environ)
+    try:
+        wait_for(lambda: child.said() == "ready", "it does not start")
+        child.interrupt()
+        wait_for(lambda: child.exit_code() == -signal.SIGTERM, "it does not end", timeout_s=30)
+    finally:
+        child.kill()
+        child.close()
 
 
 def test_no_campaign(tmp_path: Path, typed: Run) -> None:
