@@ -43,7 +43,7 @@ from orchestrator.campaign.member import (
 )
 from orchestrator.campaign.plan import Campaign, Packing, Plan
 from orchestrator.config import TrainConfig
-from orchestrator.control import supervisor
+from orchestrator.control import checks
 from orchestrator.control.checks import reading_storage
 from orchestrator.control.guard import Ending, Refusal
 from orchestrator.control.supervisor import RunFailedError
@@ -94,11 +94,29 @@ def check(campaign: Campaign) -> Opened:
         with reading_storage(campaign.config.storage):
             check_identity(folder, campaign, None)
     data: DataSet | None = None
+    free: int | None = None
+    needed = 0
     for name, config in configs.items():
+        start = checks.Start(config)
         try:
-            data = supervisor.check(config)
+            checks.look_at_data(start)
+            assert start.data is not None
+            data = start.data
+            with reading_storage(config.storage):
+                if config.storage and is_done(config, data.digest):
+                    continue  # needs no room
+            for each in checks.BEFORE_PLACEMENT:
+                each.look(start)
         except ValueError as error:
             raise ValueError(f"member {name}: {error}") from None
+        assert start.storage is not None
+        free, needed = start.storage.free_bytes(), needed + checks.space_of(start).needed_bytes
+    if free is not None and free < needed:
+        raise ValueError(
+            f"storage {campaign.config.storage!r} has {free / 1e9:.2f} GB free where the checkpoints of all members "
+            f"that are not done need {needed / 1e9:.2f} GB: make room, give another --storage, or lower them with "
+            "--change rhythm.keep_last=1"
+        )
     assert data is not None
     if campaign.submitted is not None:
         products.check_classes(data)

@@ -22,6 +22,7 @@ from orchestrator.control.terminal import duration
 from orchestrator.storage import Storage
 from orchestrator.training.checkpoint import newest_journal
 from orchestrator.training.finished_model import find_model
+from orchestrator.training.ownership import has_released
 from orchestrator.training.run import finished, run_storage
 
 _RATE_EVENTS = 20  # measurements of training over which the speed is taken
@@ -96,7 +97,10 @@ def _row(folder: Storage, name: str, about: About, account: Account) -> Row:
     is_running, where, workers = False, "", account.packing.workers.get(name, 0) if account.packing else 0
     if entry is not None and entry.kind is Kind.STARTED:
         process = process_from(entry.detail["process"])
-        is_running, where, workers = process.lives() is not False, process.host, int(entry.detail["workers"])
+        lives = process.lives()
+        # Of another machine's nothing is known from here, but that no member outlives its driver.
+        is_running = not has_released(folder) if lives is None else lives
+        where, workers = process.host, int(entry.detail["workers"])
     if is_done(config, about.data_sha256):
         state = State.DONE
     elif name in account.given_up:

@@ -113,13 +113,16 @@ def space_of(start: Start) -> Space:
     momentum = sum(parameter.nbytes for parameter in start.model.parameters())
     one = weights + momentum
     to_come = max(1, start.config.rhythm.keep_last + 2 - len(start.run.folders("checkpoints")))
+    if start.outcome is not None:
+        to_come = 0
     return Space(one, one * to_come, start.storage.free_bytes())
 
 
 # -- the checks -----------------------------------------------------------------------------------------------------
 
 
-def _look_at_data(start: Start) -> tuple[Verdict, str]:
+def look_at_data(start: Start) -> tuple[Verdict, str]:
+    """That there is a data set: the start's."""
     url = _given("--data", start.config.data, "IMAGENET_DATA", _HOW)
     with _reading(url):
         start.data = DataSet(Storage(url))
@@ -260,7 +263,7 @@ def _check_classes(record: ModelRecord, data: DataSet) -> None:
 
 # What is quickly known comes first. The places to compute on follow when they are taken, see supervisor.place.
 BEFORE_PLACEMENT = (
-    Check("data", _look_at_data),
+    Check("data", look_at_data),
     Check("storage", _look_at_storage),
     Check("identity", _look_at_identity, needs=("storage",)),
     Check("groups", _look_at_groups),
@@ -272,7 +275,7 @@ BEFORE_PLACEMENT = (
 )
 # Of a run that is not trained any further.
 BEFORE_TESTS = (
-    Check("data", _look_at_data),
+    Check("data", look_at_data),
     Check("storage", _look_at_storage),
     Check("run", _look_at_tested, needs=("data", "storage")),
     Check("groups", _look_at_groups),

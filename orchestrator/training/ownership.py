@@ -253,6 +253,12 @@ class Claim:
         return seen if self.lost else newest
 
 
+def has_released(run: Storage) -> bool:
+    """Whether the newest driver has said that it ended."""
+    start = _read(run, newest_attempt(run))
+    return start is not None and _released(run, start.claim)
+
+
 # -- the driver before ----------------------------------------------------------------------------------------------
 
 

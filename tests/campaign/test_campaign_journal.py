@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import os
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from orchestrator.campaign.journal import Journal, check_identity, fix_identity,
 from orchestrator.campaign.member import progress_of
 from orchestrator.config import TrackingConfig
 from orchestrator.storage import Storage
-from orchestrator.training.ownership import SupersededError
+from orchestrator.training.ownership import Process, SupersededError, claim
 from tests.campaign.test_campaign import plan_of
 
 
@@ -50,6 +51,15 @@ def test_parts_of_a_test_are_progress_and_a_score_file_more(folder: Storage) -> 
     folder.delete("scores/val-a.parts-1")
     moments.append(progress_of(folder))
     assert moments == sorted(set(moments))
+
+
+def test_a_member_of_another_machine_does_not_outlive_its_driver(folder: Storage) -> None:
+    fix_identity(folder, plan_of(18), "d1")
+    elsewhere = replace(Process.of(os.getpid()), host="elsewhere")
+    with claim(folder, lease_s=5, take_over=False, tell=print, what="campaign") as owner:
+        Journal(folder, owner.number).add(Kind.STARTED, "a", process=asdict(elsewhere), workers=1)
+        assert campaign_status.read(folder).rows[0].is_running
+    assert not campaign_status.read(folder).rows[0].is_running
 
 
 def test_time_that_is_left_does_not_count_a_pause_as_work() -> None:

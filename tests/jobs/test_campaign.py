@@ -31,7 +31,7 @@ from orchestrator.campaign.member import MemberProcess
 from orchestrator.campaign.plan import Packing
 from orchestrator.campaign.status import State
 from orchestrator.config import TrainConfig
-from orchestrator.control import supervisor
+from orchestrator.control import checks, supervisor
 from orchestrator.storage import Storage
 from orchestrator.training.ownership import claim
 from tests.jobs.conftest import Run
@@ -375,11 +375,26 @@ def test_a_look_that_fails_ends_neither_the_table_nor_the_campaign(
         raise KeyError("surprise")
 
     with Display(Console(), what.folder, fails) as display:
-        for number in (1, 2):
-            display.wake()
-            wait_for(lambda least=number: len(seen) >= least, "the display has ended", timeout_s=30)
+        display.wake()
+        wait_for(lambda: len(seen) >= 1, "nothing is looked at", timeout_s=30)
+        display.wake()
+        wait_for(lambda: len(seen) >= 2, "the display has ended", timeout_s=30)
         display.look()
     assert capsys.readouterr().out.count("the table cannot be shown (KeyError: 'surprise')") == 1
+
+
+def test_all_members_need_room_together(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = words(prepared, tmp_path, "c")
+    what = opened(arguments)
+    start = checks.Start(what.plan.campaign.run_configs()["r34"])
+    for each in checks.BEFORE_PLACEMENT:
+        each.look(start)
+    one = checks.space_of(start).needed_bytes
+    monkeypatch.setattr(Storage, "free_bytes", lambda self: 3 * one)
+    opened(arguments)
+    monkeypatch.setattr(Storage, "free_bytes", lambda self: 3 * one - 1)
+    with pytest.raises(ValueError, match="the checkpoints of all members that are not done need"):
+        opened(arguments)
 
 
 def test_a_member_is_ended_though_it_ignores_ctrl_c(tmp_path: Path) -> None:
