@@ -22,7 +22,15 @@ LEAST_LETTERS = 8  # of the longest constant part of a quote, so that a search f
 GAP = "…"
 
 ERRORS = {
-    *("ValueError", "StoreRefusedError", "StoreUnreachableError", "RunFailedError", "ClusterError", "SupersededError", "DigestError"),
+    *(
+        "ValueError",
+        "StoreRefusedError",
+        "StoreUnreachableError",
+        "RunFailedError",
+        "ClusterError",
+        "SupersededError",
+        "DigestError",
+    ),
     *(
         "AtWorkError",
         "StorageFailedError",
