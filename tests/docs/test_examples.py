@@ -30,6 +30,7 @@ def environment(**changed: str) -> dict[str, str]:
 
 
 @pytest.mark.ray_cluster
+@pytest.mark.timeout(900)
 def test_your_own_data(archives: Path, tmp_path: Path) -> None:
     photos = tmp_path / "photos"
     for archive in ("ILSVRC2012_img_train.tar",):
@@ -43,7 +44,7 @@ def test_your_own_data(archives: Path, tmp_path: Path) -> None:
         script = script.replace(f" {place}", f" {tmp_path}{place.replace('/data', '')}")
     where = environment(MLFLOW_TRACKING_URI=f"sqlite:///{tmp_path}/mlflow.db")
     done = subprocess.run(
-        ["bash", "-ec", script], cwd=ROOT, env=where, capture_output=True, text=True, timeout=240, check=False
+        ["bash", "-ec", script], cwd=ROOT, env=where, capture_output=True, text=True, timeout=400, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "6 classes" in done.stdout
@@ -55,6 +56,7 @@ def test_your_own_data(archives: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.ray_cluster
+@pytest.mark.timeout(900)
 def test_your_own_model(prepared: Path, tmp_path: Path) -> None:
     """On Ray: its workers find the network beside the script."""
     (tmp_path / "my_job.py").write_text(example("your_own_model.md", "python"))
@@ -63,7 +65,7 @@ def test_your_own_model(prepared: Path, tmp_path: Path) -> None:
     words += ["--schedule.max-steps", "4", "--tracking.uri", f"sqlite:///{tmp_path}/mlflow.db"]
     command = [sys.executable, "my_job.py", *words]
     done = subprocess.run(
-        command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=240, check=False
+        command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=400, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "own: 4 steps done" in done.stdout

@@ -273,6 +273,7 @@ def check_journal(entries: list[Entry]) -> None:
     assert entries[-1].kind is Kind.DONE
 
 
+@pytest.mark.skipif(not EVERY_FAULT, reason="two minutes: make test-faults; decisions: tests/campaign")
 @pytest.mark.timeout(1500)
 def test_a_member_that_fails_for_good(clean: Path, prepared: Path, tmp_path: Path) -> None:
     """Two members are done already; the third cannot be trained."""

@@ -95,7 +95,7 @@ def status_of(database: Path) -> list[str]:
 
 
 @pytest.mark.ray_cluster
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_ended_in_its_tests_it_ends_with_the_same_scores(prepared: Path, tmp_path: Path) -> None:
     config = trapped_config(prepared, tmp_path / "runs", "r")
     run, database, trap = tmp_path / "runs" / "r", tmp_path / "mlflow.db", tmp_path / "trap"
@@ -108,7 +108,7 @@ def test_ended_in_its_tests_it_ends_with_the_same_scores(prepared: Path, tmp_pat
         command, cwd=tmp_path, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     trap.write_text(f"{int(signal.SIGTERM)} {driver.pid} runs/r/scores/val-one_crop-*.json")
-    said, _ = driver.communicate(timeout=240)
+    said, _ = driver.communicate(timeout=400)
     assert driver.returncode == 128 + signal.SIGTERM, said
     assert "interrupted: the same command goes on" in said
     assert not trap.exists()
@@ -164,7 +164,7 @@ def test_ended_in_its_tests_it_ends_with_the_same_scores(prepared: Path, tmp_pat
         env=environment(tmp_path),
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=400,
         check=False,
     )
     assert plain.returncode == 0, plain.stdout + plain.stderr
