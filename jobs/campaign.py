@@ -11,7 +11,6 @@ A recipe is a function that returns the campaign; its docstring is its promise.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import inspect
 import json
@@ -31,11 +30,12 @@ from rich.text import Text
 
 from jobs import command_line, imagenet
 from jobs.campaign_display import Display, console_of_table, pause_s
-from orchestrator.campaign import driver as campaign_driver
+from orchestrator.campaign import opening
 from orchestrator.campaign import status as campaign_status
 from orchestrator.campaign.decisions import Done, account_of, decide
-from orchestrator.campaign.driver import Driver, Opened
+from orchestrator.campaign.driver import Driver
 from orchestrator.campaign.journal import Journal
+from orchestrator.campaign.opening import Opened
 from orchestrator.campaign.plan import Campaign, CampaignConfig, Member, has_room, pack
 from orchestrator.campaign.products import summary
 from orchestrator.campaign.telling import note_of
@@ -46,7 +46,6 @@ from orchestrator.control.tracking import RunStatus, default_uri
 from orchestrator.control.tracking import check as check_tracking
 from orchestrator.ray_session import Cluster
 from orchestrator.storage import Storage
-from orchestrator.training.ownership import SupersededError
 
 _GOES_ON = "nothing that is done is lost: the same command goes on"
 # Fields of a member that the campaign sets.
@@ -151,12 +150,7 @@ class Command:
 
 def parse(argv: Sequence[str]) -> Command:
     """``[RECIPE] [--field value …]``. Prints help or what is wrong and exits (0, 2) as argparse does."""
-    arguments = list(argv)
-    name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else _DEFAULT
-    if name not in RECIPES:
-        close = difflib.get_close_matches(name, RECIPES, 1)
-        hint = f" (did you mean {close[0]}?)" if close else ""
-        raise ValueError(f"unknown recipe {name!r}{hint}: choose one of {', '.join(RECIPES)}")
+    name, arguments = command_line.chosen(argv, RECIPES, _DEFAULT)
     recipe = RECIPES[name]()
     data, storage = os.environ.get("IMAGENET_DATA", ""), os.environ.get("IMAGENET_STORAGE", "")
     base = replace(recipe.config, recipe=name, name=name, data=data, storage=storage)
@@ -228,8 +222,8 @@ def _value(text: str) -> Any:
 def run(command: Command) -> int:
     """Train, score, average, submit, or tell what that would do. Returns the exit code."""
     console = console_of_table()
-    campaign = campaign_driver.resolve(command.campaign)
-    opened = campaign_driver.check(campaign)
+    campaign = opening.resolve(command.campaign)
+    opened = opening.check(campaign)
     if command.dry_run:
         return _dry_run(opened, console)
     recipes = replace(command.recipe, config=campaign.config).run_configs()
@@ -243,31 +237,24 @@ def run(command: Command) -> int:
         if tracker is not None:
             tracker.tell(note_of(opened.folder, campaign, recipes, status))
 
-    ending, reason = RunStatus.FAILED, ""
+    ending = command_line.Ending()
     with Display(console, opened.folder, seen) as display:
         try:
-            Driver(
-                opened,
-                command=[sys.executable, str(Path(__file__).with_name("member.py"))],
-                argv=sys.argv,
-                recipes=recipes,
-                tell=display.tell,
-                taken=follow,
-                changed=display.wake,
-            ).run()
-            ending = RunStatus.FINISHED
-        except KeyboardInterrupt:
-            ending = RunStatus.KILLED
-            raise
-        except SupersededError:
-            ending = RunStatus.RUNNING  # the MLflow run is the newer driver's now
-            raise
-        except Exception as error:
-            reason = str(error)
-            raise
+            with ending:
+                Driver(
+                    opened,
+                    command=[sys.executable, str(Path(__file__).with_name("member.py"))],
+                    argv=sys.argv,
+                    recipes=recipes,
+                    tell=display.tell,
+                    taken=follow,
+                    changed=display.wake,
+                ).run()
+                ending.status = RunStatus.FINISHED
         finally:
             display.look()
-            delivery = tracker.close(campaign.config.tracking.wait_s, ending, reason) if tracker is not None else None
+            wait_s = campaign.config.tracking.wait_s
+            delivery = tracker.close(wait_s, ending.status, ending.reason) if tracker is not None else None
     console.print(campaign_status.table(campaign_status.read(opened.folder)))
     for text in summary(opened.folder, campaign):
         console.print(text, soft_wrap=True)
@@ -308,7 +295,7 @@ def _dry_run(opened: Opened, console: Console) -> int:
     packing = account.packing if account.asked == campaign.asked else None
     if packing is None and machines.cluster is not None:
         packing = pack(plan, machines.cluster)
-    facts = campaign_driver.facts_of(opened)
+    facts = opening.facts_of(opened)
     everything = decide(plan, journal, facts, machines.cluster or Cluster(()))
     fits = packing is None or machines.cluster is None or has_room(packing, machines.cluster)
     is_refused = not fits and len(facts.done) < len(campaign.members)

@@ -11,10 +11,10 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Annotated
 
 import tyro
@@ -69,12 +69,7 @@ def main(recipes: Mapping[str, Recipe], *, default: str) -> int:
 
 def parse(argv: Sequence[str], recipes: Mapping[str, Recipe], *, default: str, program: str) -> Command:
     """``[RECIPE] [--dry-run] [--field value …]``. Prints help or what is wrong and exits (0, 2) as argparse does."""
-    arguments = list(argv)
-    name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else default
-    if name not in recipes:
-        close = difflib.get_close_matches(name, recipes, 1)
-        hint = f" (did you mean {close[0]}?)" if close else ""
-        raise ValueError(f"unknown recipe {name!r}{hint}: choose one of {', '.join(recipes)}")
+    name, arguments = chosen(argv, recipes, default)
     base = replace(
         recipes[name](),
         recipe=name,
@@ -91,6 +86,17 @@ def parse(argv: Sequence[str], recipes: Mapping[str, Recipe], *, default: str, p
         config=(tyro.conf.EnumChoicesFromValues, tyro.conf.FlagCreatePairsOff),
     )
     return Command(typed.config, base, typed.dry_run)
+
+
+def chosen(argv: Sequence[str], recipes: Collection[str], default: str) -> tuple[str, list[str]]:
+    """The name of the recipe, and the arguments behind it. Raises ValueError for a name that there is not."""
+    arguments = list(argv)
+    name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else default
+    if name not in recipes:
+        close = difflib.get_close_matches(name, recipes, 1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        raise ValueError(f"unknown recipe {name!r}{hint}: choose one of {', '.join(recipes)}")
+    return name, arguments
 
 
 def _description(recipes: Mapping[str, Recipe], default: str, program: str) -> str:
@@ -143,31 +149,19 @@ def run(command: Command) -> int:
         with contextlib.suppress(OSError, SystemExit):
             terminal.put(event)
 
-    status, reason = RunStatus.FAILED, ""
+    ending = Ending()
     with Terminal(console, name=config.name, batch_size=config.batch.global_batch_size) as terminal:
         try:
-            if not is_done:
-                work(config, listen)
-            is_done = True
-            # What was only tested may have been stopped before its end.
-            status = RunStatus.FINISHED if finished(run) is not None else RunStatus.KILLED
-        except KeyboardInterrupt:
-            stop_waiting()
-            status = RunStatus.KILLED
-            raise
-        except PreemptedError:
-            status = RunStatus.KILLED
-            raise
-        except SupersededError:
-            status = RunStatus.RUNNING  # the MLflow run is the newer driver's now
-            raise
-        except Exception as error:
-            reason = str(error)
-            raise
+            with ending:
+                if not is_done:
+                    work(config, listen)
+                is_done = True
+                # What was only tested may have been stopped before its end.
+                ending.status = RunStatus.FINISHED if finished(run) is not None else RunStatus.KILLED
         finally:
             if tracker is not None and is_done:
                 tracker.replay(journal_of(run))  # whatever was lost between a worker and here
-            delivery = tracker.close(config.tracking.wait_s, status, reason) if tracker else None
+            delivery = tracker.close(config.tracking.wait_s, ending.status, ending.reason) if tracker else None
             keep_figure(run)
     _summary(console, config, finished(run), results_of(config, data_sha256))
     if delivery is not None:
@@ -197,6 +191,26 @@ def _tell_notices(event: Event) -> None:
 
 
 _GOES_ON = "the same command goes on from the newest checkpoint"
+
+
+class Ending:
+    """How a block of a job ends, for MLflow: by an error as that error says, else as the block has set ``status``."""
+
+    def __init__(self) -> None:
+        self.status, self.reason = RunStatus.FAILED, ""
+
+    def __enter__(self) -> Ending:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            stop_waiting()
+        if isinstance(error, KeyboardInterrupt | PreemptedError):
+            self.status = RunStatus.KILLED
+        elif isinstance(error, SupersededError):
+            self.status = RunStatus.RUNNING  # the MLflow run is the newer driver's now
+        elif error is not None:
+            self.status, self.reason = RunStatus.FAILED, str(error) if isinstance(error, Exception) else ""
 
 
 def exit_code(job: Callable[[], int], interrupted: str = _GOES_ON) -> int:

@@ -11,7 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -32,7 +32,7 @@ from orchestrator.campaign.decisions import (
     account_of,
     decide,
 )
-from orchestrator.campaign.journal import Journal, check_identity, fix_identity
+from orchestrator.campaign.journal import Journal, fix_identity
 from orchestrator.campaign.member import (
     MemberProcess,
     errors_of,
@@ -41,17 +41,13 @@ from orchestrator.campaign.member import (
     process_from,
     progress_of,
 )
-from orchestrator.campaign.plan import Campaign, Packing, Plan
+from orchestrator.campaign.opening import Opened, facts_of
+from orchestrator.campaign.plan import Packing
 from orchestrator.config import TrainConfig
-from orchestrator.control import checks
-from orchestrator.control.checks import reading_storage
 from orchestrator.control.guard import Ending, Refusal
 from orchestrator.control.supervisor import RunFailedError
-from orchestrator.data.shards import DataSet
 from orchestrator.ray_session import Cluster, ray_session
 from orchestrator.remote import stop_waiting
-from orchestrator.storage import Storage
-from orchestrator.training.optimization import total_steps
 from orchestrator.training.ownership import Claim, Process, SupersededError, claim
 from orchestrator.training.run import run_storage
 
@@ -61,81 +57,6 @@ _FIRST_REST_S, _LONGEST_REST_S = 2.0, 60.0  # after a failure
 _ENDING_S = 90.0  # for a member that was interrupted
 
 Tell = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A campaign on its data, checked: its folder, and what is to be done."""
-
-    folder: Storage
-    plan: Plan
-    data: DataSet
-
-    @property
-    def data_sha256(self) -> str:
-        """Its digest."""
-        return self.data.digest
-
-
-def resolve(campaign: Campaign) -> Campaign:
-    """``campaign`` with absolute URLs. Raises ValueError for an unusable one."""
-    c = campaign.config
-    data = Storage(c.data).url if c.data else ""
-    return replace(campaign, config=replace(c, data=data, storage=Storage(c.storage).url if c.storage else ""))
-
-
-def check(campaign: Campaign) -> Opened:
-    """Everything that can be known before anything is taken or written. Raises ValueError, saying what to do."""
-    configs = campaign.run_configs()
-    if not campaign.config.name:
-        raise ValueError("the campaign has no name: give it one with --name")
-    folder = Storage(campaign.config.storage).sub(campaign.config.name) if campaign.config.storage else None
-    if folder is not None:
-        with reading_storage(campaign.config.storage):
-            check_identity(folder, campaign, None)
-    data: DataSet | None = None
-    free: int | None = None
-    needed = 0
-    for name, config in configs.items():
-        start = checks.Start(config)
-        try:
-            checks.look_at_data(start)
-            assert start.data is not None
-            data = start.data
-            with reading_storage(config.storage):
-                if config.storage and is_done(config, data.digest):
-                    continue  # needs no room
-            for each in checks.BEFORE_PLACEMENT:
-                each.look(start)
-        except ValueError as error:
-            raise ValueError(f"member {name}: {error}") from None
-        assert start.storage is not None
-        free, needed = start.storage.free_bytes(), needed + checks.space_of(start).needed_bytes
-    if free is not None and free < needed:
-        raise ValueError(
-            f"storage {campaign.config.storage!r} has {free / 1e9:.2f} GB free where the checkpoints of all members "
-            f"that are not done need {needed / 1e9:.2f} GB: make room, give another --storage, or lower them with "
-            "--change rhythm.keep_last=1"
-        )
-    assert data is not None
-    if campaign.submitted is not None:
-        products.check_classes(data)
-    images = data.manifest.splits["train"].count
-    steps = {n: total_steps(c.schedule, images, c.batch.global_batch_size) for n, c in configs.items()}
-    assert folder is not None
-    return Opened(folder, Plan(campaign, steps), data)
-
-
-def facts_of(opened: Opened) -> Facts:
-    """What storage shows; of processes nothing. Raises ValueError where it is damaged."""
-    campaign = opened.plan.campaign
-    configs = campaign.run_configs()
-    done = {n: config for n, config in configs.items() if is_done(config, opened.data_sha256)}
-    protocols = campaign.config.evaluation.protocols
-    made = products.ensemble_members(opened.folder, protocols, done, opened.data_sha256)
-    protocol = campaign.submitted
-    submission = made if made and protocol and products.has_submission(opened.folder, protocol) else frozenset[str]()
-    return Facts(done=frozenset(done), ensemble=made, submission=submission)
 
 
 def _name_of(number: int) -> str:

@@ -67,7 +67,7 @@ NOT_MET = {
     # Raised again: the text was made where it was first raised, and is found there.
     "data_prep/fan_out.py: ValueError …": "the message of a task",
     "orchestrator/config.py: ValueError …": "what _check has gathered",
-    "orchestrator/campaign/driver.py: member …: …": "the message of a check, with the member's name",
+    "orchestrator/campaign/opening.py: member …: …": "the message of a check, with the member's name",
     "orchestrator/campaign/plan.py: ValueError …": "what __post_init__ has gathered",
     "orchestrator/campaign/products.py: …; --evaluation.splits": "the message of a class map, with what to do",
     "orchestrator/control/facts.py: ValueError …": "why the cluster cannot be reached",

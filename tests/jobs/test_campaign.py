@@ -21,13 +21,13 @@ from rich.console import Console
 
 from jobs import campaign as job
 from jobs.campaign_display import Display
-from orchestrator.campaign import driver as campaign_driver
+from orchestrator.campaign import opening
 from orchestrator.campaign import products as campaign_products
 from orchestrator.campaign import status as campaign_status
 from orchestrator.campaign.decisions import Entry, Kind
-from orchestrator.campaign.driver import Opened
 from orchestrator.campaign.journal import Journal, fix_identity
 from orchestrator.campaign.member import MemberProcess
+from orchestrator.campaign.opening import Opened
 from orchestrator.campaign.plan import Packing
 from orchestrator.campaign.status import State
 from orchestrator.config import TrainConfig
@@ -67,7 +67,7 @@ def words(data: Path, storage: Path, name: str, *more: str) -> list[str]:
 
 def opened(arguments: list[str]) -> Opened:
     """The campaign of a command line, as its driver sees it."""
-    return campaign_driver.check(campaign_driver.resolve(job.parse(arguments).campaign))
+    return opening.check(opening.resolve(job.parse(arguments).campaign))
 
 
 class Driven:
