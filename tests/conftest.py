@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from orchestrator.data.shards import DataSet
 from orchestrator.storage import Storage
@@ -21,23 +22,48 @@ def run_module(*arguments: str, **options: object) -> subprocess.CompletedProces
     return subprocess.run(command, capture_output=True, text=True, timeout=240, **options)  # type: ignore[call-overload]
 
 
+Shared = Callable[[str, Callable[[Path], None]], Path]
+
+
 @pytest.fixture(scope="session")
-def archives(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
+    """Makes a folder once for all test processes that run side by side; nobody may change what is in it."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def folder(name: str, make: Callable[[Path], None]) -> Path:
+        out, done = base / name, base / f"{name}.done"
+        with FileLock(f"{out}.lock"):
+            if not done.exists():
+                out.mkdir(exist_ok=True)
+                make(out)
+                done.touch()
+        return out
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def archives(shared: Shared) -> Path:
     """Archives of 6 classes in ILSVRC's layout: 96 training, 30 validation and 10 test images."""
-    out = tmp_path_factory.mktemp("archives")
     sizes = ["--num-classes", "6", "--train-per-class", "16", "--val-per-class", "5", "--test-images", "10"]
-    done = run_module("data_prep.demo", "--out", str(out), *sizes)
-    assert done.returncode == 0, done.stderr
-    return out
+
+    def make(out: Path) -> None:
+        done = run_module("data_prep.demo", "--out", str(out), *sizes)
+        assert done.returncode == 0, done.stderr
+
+    return shared("archives", make)
 
 
 @pytest.fixture(scope="session")
-def prepared(archives: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def prepared(archives: Path, shared: Shared) -> Path:
     """The data set made of ``archives``."""
-    out = tmp_path_factory.mktemp("prepared")
-    done = run_module("data_prep.ilsvrc", str(archives), "--out", str(out), "--crop", "64", "--num-tasks", "0")
-    assert done.returncode == 0, done.stderr
-    return out
+
+    def make(out: Path) -> None:
+        done = run_module("data_prep.ilsvrc", str(archives), "--out", str(out), "--crop", "64", "--num-tasks", "0")
+        assert done.returncode == 0, done.stderr
+
+    return shared("prepared", make)
 
 
 @pytest.fixture(scope="session")
@@ -46,12 +72,16 @@ def data(prepared: Path) -> DataSet:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+def undisturbed(prepared: Path, shared: Shared) -> dict[int, Path]:
     """The folder of an undisturbed run at 1, 2 and 3 workers, in plain process groups."""
     from tests.training.group import run_to_end, small_config
 
-    folder = tmp_path_factory.mktemp("undisturbed")
-    return {size: run_to_end(small_config(prepared, folder, f"w{size}"), size) for size in (1, 2, 3)}
+    def make(folder: Path) -> None:
+        for size in (1, 2, 3):
+            run_to_end(small_config(prepared, folder, f"w{size}"), size)
+
+    folder = shared("undisturbed", make)
+    return {size: folder / f"w{size}" for size in (1, 2, 3)}
 
 
 @pytest.fixture(scope="session")

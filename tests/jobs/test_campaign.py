@@ -39,7 +39,7 @@ from tests.training.group import CONTEXT, EVERY_FAULT, fault_seeds
 
 ROOT = Path(__file__).parents[2]
 MEMBERS = ("r18-a", "r18-b", "r34")
-KILLS = 10 if EVERY_FAULT else 2
+KILLS = 10 if EVERY_FAULT else 1
 
 
 def words(data: Path, storage: Path, name: str, *more: str) -> list[str]:
