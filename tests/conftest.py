@@ -25,6 +25,15 @@ def run_module(*arguments: str, **options: object) -> subprocess.CompletedProces
 Shared = Callable[[str, Callable[[Path], None]], Path]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files whose tests may take longest come first: else one process does them at the end while the others wait."""
+    longest: dict[Path, float] = {}
+    for item in items:
+        marker = item.get_closest_marker("timeout")
+        longest[item.path] = max(longest.get(item.path, 0.0), float(marker.args[0]) if marker else 0.0)
+    items.sort(key=lambda item: -longest[item.path])  # stable: the order within a file stays
+
+
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
     """Makes a folder once for all test processes that run side by side; nobody may change what is in it."""
