@@ -51,7 +51,7 @@ def _end_with_driver() -> None:
     while os.read(sys.stdin.fileno(), 4096):
         pass
     print("the campaign's driver has ended: this member ends, and goes on with the next one", flush=True)
-    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGINT)  # not SIGTERM: a cluster that has gone with the driver makes no checkpoint
     time.sleep(_ENDING_S)
     os._exit(command_line.EXIT_INTERRUPTED)
 

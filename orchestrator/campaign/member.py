@@ -104,10 +104,8 @@ class MemberProcess:
         return self._process.poll()
 
     def interrupt(self) -> None:
-        """As Ctrl-C does."""
-        with suppress(
-            ProcessLookupError
-        ):  # SIGINT may be ignored: a shell's script gives that to what it starts with &
+        """Ask it to make a checkpoint and end."""
+        with suppress(ProcessLookupError):
             self._process.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:

@@ -96,6 +96,7 @@ class Ending(Enum):
     USER = "user"  # ValueError
     SUPERSEDED = "superseded"  # SupersededError
     FAILED = "failed"  # RunFailedError
+    LEFT = "left"  # PreemptedError
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,7 @@ class Guard:
         self._tried: list[Failure] = []  # one a restart, since the newest checkpoint
         self._scored: dict[str, int] = {}  # images by test
         self._not_finite_at = -2  # newest checkpoint when a loss was last not finite
+        self._leaves = False
 
     def saved(self, step: int) -> None:
         """A checkpoint of ``step`` is durable."""
@@ -148,6 +150,8 @@ class Guard:
         """A group of ``size`` workers begins; ``silent``: workers of the one before that have told no failure."""
         if self.num_groups:
             self._settle(size, silent)
+        if self._leaves:
+            self.leave(is_at_work=False)
         self._size, self._failures, self._has_saved = size, [], False
         self.num_groups += 1
 
@@ -163,12 +167,20 @@ class Guard:
             self._refuse(Ending.SUPERSEDED, failure.text)
         elif failure.kind is FailureClass.STORAGE:
             self._refuse(Ending.FAILED, failure.text)
+        elif failure.kind is FailureClass.PREEMPTED and self._leaves:
+            self._refuse(Ending.LEFT, failure.text)
         elif failure.kind is FailureClass.NOT_FINITE and self._not_finite_at == self._step:
             self._refuse(Ending.USER, f"{failure.text} (after going back to step {max(0, self._step)}, it came again)")
 
     def give_up(self, why: str) -> None:
         """End the run, which cannot go on for a reason that no worker knows."""
         self._refuse(Ending.FAILED, f"{why}{self._told()}; {self._goes_on()}")
+
+    def leave(self, *, is_at_work: bool) -> None:
+        """The driver's own machine is about to go away: a checkpoint where workers are at work, and no new group."""
+        self._leaves = True
+        if not is_at_work:
+            self._refuse(Ending.LEFT, f"left its place between two groups of workers; {self._goes_on()}")
 
     def _settle(self, new_size: int, silent: Sequence[str]) -> None:
         """The group before is gone: what it costs."""

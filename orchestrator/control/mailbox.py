@@ -158,6 +158,12 @@ class Mailbox:
     def give_up(self, why: str) -> None:
         self._guard.give_up(why)
 
+    def leave(self) -> None:
+        """The driver's place is about to go away: the workers make a checkpoint, and none start again."""
+        g = self._group
+        self.wish(g.name, Wish.LEAVE)
+        self._guard.leave(is_at_work=bool(g.places) and not g.failed)
+
 
 # -- in a worker ----------------------------------------------------------------------------------------------------
 

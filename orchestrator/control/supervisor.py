@@ -7,13 +7,16 @@ decides what to do about failures; here it is done.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
+import threading
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
+from types import FrameType
 from typing import Any
 
 from orchestrator.config import TrainConfig
@@ -29,11 +32,14 @@ from orchestrator.evaluation.stages import do_job
 from orchestrator.ray_session import ray_session
 from orchestrator.remote import stop_waiting, trust_stores
 from orchestrator.storage import Storage
+from orchestrator.training.failures import PreemptedError
 from orchestrator.training.notices import Event, notice, warnings_told
 from orchestrator.training.ownership import Claim, SupersededError, claim, next_start
 from orchestrator.training.pulse import Phase, Pulse, Wish
 from orchestrator.training.run import Outcome, check_identity, finished, fix_identity, run_storage
 from orchestrator.world import World, largest_share, share_of
+
+_SAME_SIGNAL_S = 5.0  # Ray signals a job's driver and its children; a campaign passes on to its members what it got
 
 Listener = Callable[[Event], None]
 
@@ -106,13 +112,39 @@ def score_in_process_group(config: TrainConfig, listen: Listener) -> None:
 
 
 def _on_ray(config: TrainConfig, listen: Listener, *, trains: bool) -> Outcome | None:
-    data, run = check(config, trains=trains), run_storage(config)
-    with ray_session(config.placement.ray_address) as cluster:
-        placement = place(config, cluster)
-        with _begin(config, data, run, listen, trains=trains) as owner:
-            event = {"kind": "placed", "workers": placement.num_workers, "gpu": placement.use_gpu}
-            listen(event | {"attempt": owner.number})
-            return _fit(config, data, placement, run, owner, listen, trains=trains)
+    with asked_to_leave() as leaves:
+        data, run = check(config, trains=trains), run_storage(config)
+        with ray_session(config.placement.ray_address) as cluster:
+            placement = place(config, cluster)
+            with _begin(config, data, run, listen, trains=trains) as owner:
+                event = {"kind": "placed", "workers": placement.num_workers, "gpu": placement.use_gpu}
+                listen(event | {"attempt": owner.number})
+                return _fit(config, data, placement, run, owner, listen, leaves, trains=trains)
+
+
+@contextmanager
+def asked_to_leave() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets within it (ray job stop, SLURM). One that comes later does what it did before."""
+    leaves = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield leaves
+        return
+    asked_s = math.inf
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        nonlocal asked_s
+        if not leaves.is_set():
+            asked_s = time.monotonic()
+            leaves.set()
+        elif time.monotonic() - asked_s > _SAME_SIGNAL_S:
+            signal.signal(signal.SIGTERM, before)
+            signal.raise_signal(signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield leaves
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _in_process_group(config: TrainConfig, listen: Listener, *, trains: bool) -> Outcome | None:
@@ -159,6 +191,7 @@ def _fit(
     run: Storage,
     owner: Claim,
     listen: Listener,
+    leaves: threading.Event,
     *,
     trains: bool,
 ) -> Outcome | None:
@@ -204,7 +237,7 @@ def _fit(
             failure_config=FailureConfig(max_failures=-1, controller_failure_limit=-1),
         ),
     )
-    watch = Watch(config.name, mailbox, limits, placement, owner, listen)
+    watch = Watch(config.name, mailbox, limits, placement, owner, listen, leaves)
     failure: Exception | None = None
     on_interrupt = signal.getsignal(signal.SIGINT)
     try:
@@ -247,6 +280,8 @@ def _as_error(refusal: Refusal) -> Exception:
             return SupersededError(refusal.text)
         case Ending.FAILED:
             return RunFailedError(refusal.text)
+        case Ending.LEFT:
+            return PreemptedError(refusal.text)
 
 
 def _work(settings: dict[str, Any]) -> None:
@@ -291,7 +326,9 @@ def _work(settings: dict[str, Any]) -> None:
             if kind is FailureClass.USER and pulse.phase is Phase.START and number > 1:
                 kind = FailureClass.INFRASTRUCTURE  # it has worked before: this machine lacks something
             text = (
-                str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {_cause(error)}{_at(error)}"
+                str(error)
+                if isinstance(error, ValueError | PreemptedError)
+                else f"{type(error).__name__}: {_cause(error)}{_at(error)}"
             )
             failure = failure_of(error, kind, here, pulse, text)
             goes_on = ray.get(mailbox.failed.remote(group, here.rank, failure))

@@ -41,7 +41,10 @@ class Watch:
         placement: Placement,
         owner: Claim,
         listen: Callable[[Event], None],
+        leaves: threading.Event,
     ) -> None:
+        """``leaves`` is set when the driver's place is about to go away."""
+        self._leaves = leaves
         self._mailbox, self._limits, self._placement, self._owner = mailbox, limits, placement, owner
         self._run_name, self._listen = run, listen
         self._watchdog = Watchdog(limits.hang_timeout_s)
@@ -52,6 +55,7 @@ class Watch:
         self._started_s: float | None = None  # on the mailbox's clock
         self._nodes_looked_at_s = self._saved_s = 0.0
         self._draining: set[str] = set()
+        self._has_left = False
         self._num_received = self._num_saves = 0
         self._group = ""
         self.gave_up = False  # fit was interrupted from here
@@ -88,7 +92,11 @@ class Watch:
                     self._stop_run(Refusal(Ending.FAILED, text))
                 elif not told:
                     told = True
-                    _log.warning("the watch over the workers goes on after an error", exc_info=error)
+                    # Ray's own say what there is to say; others are mistakes of ours.
+                    trace = None if type(error).__module__.startswith("ray.") else error
+                    said = str(error).partition("\n")[0]
+                    what = f"{type(error).__name__}: {said}"
+                    _log.warning("the watch over the workers goes on after an error (%s)", what, exc_info=trace)
             if last_round:
                 return
             self._end.wait(_POLL_S)
@@ -111,6 +119,7 @@ class Watch:
         elif post.refusal is not None:
             self._stop_run(post.refusal)
         else:
+            self._look_for_leave()
             self._look_for_workers(post)
             hang = self._watchdog.look(post.now_s, post.group, post.beats)
             # Ray ends a group soon after a worker has failed: one that goes on long after has not been ended.
@@ -147,6 +156,12 @@ class Watch:
             failure = Failure(FailureClass.INFRASTRUCTURE, str(place), text)
             self._mailbox.failed.remote(post.group, beat.rank, failure)
             self._mailbox.put.remote([notice(f"{failure}; all workers start again")])
+
+    def _look_for_leave(self) -> None:
+        if self._leaves.is_set() and not self._has_left:
+            self._has_left = True
+            self._mailbox.leave.remote()
+            self._listen(notice("asked to leave (SIGTERM): a checkpoint now, then the end; again: at once"))
 
     def _look_for_drains(self, post: Post) -> None:
         """Machines that are about to be taken away (Ray's drain state): a checkpoint, then elsewhere."""

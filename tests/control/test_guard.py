@@ -305,3 +305,36 @@ def test_a_test_that_hangs_is_seen_also_where_nothing_was_trained_before() -> No
             assert now == pytest.approx(100, abs=1)
             return
     raise AssertionError("no hang was seen")
+
+
+# -- leaving --------------------------------------------------------------------------------------------------------
+
+
+def test_asked_to_leave_a_run_ends_with_a_checkpoint_and_no_new_group() -> None:
+    guard = started()
+    guard.saved(6)
+    guard.leave(is_at_work=True)
+    assert guard.refusal is None  # its workers make a checkpoint first
+    guard.failed(failure(FailureClass.PREEMPTED, "run 'r50' left its place at step 8, whose checkpoint is kept"))
+    assert guard.refusal is not None
+    assert guard.refusal.ending is Ending.LEFT
+    assert "left its place at step 8" in guard.refusal.text
+
+
+@pytest.mark.parametrize("is_at_work", [True, False])
+def test_asked_to_leave_between_two_groups_none_begins(is_at_work: bool) -> None:
+    guard = started()
+    guard.saved(6)
+    guard.failed(failure())
+    guard.leave(is_at_work=is_at_work)
+    guard.begin(2)
+    assert guard.refusal is not None
+    assert guard.refusal.ending is Ending.LEFT
+    assert "the checkpoint of step 6 is kept: the same command goes on from it" in guard.refusal.text
+
+
+def test_a_preemption_without_being_asked_goes_on() -> None:
+    guard = started()
+    guard.failed(failure(FailureClass.PREEMPTED, "left"))
+    guard.begin(2)
+    assert guard.refusal is None
