@@ -6,7 +6,7 @@ DEMO := build/demo
 export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: demo test test-faults lint types setup golden outage clean
+.PHONY: demo test test-faults test-cluster lint types setup golden outage clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/installed
@@ -39,6 +39,11 @@ test-faults: setup
 	FAULT_SEEDS=$(FAULT_SEEDS) $(PYTHON) -m pytest tests/training/test_exactness.py tests/training/test_kills.py tests/training/test_writes.py \
 		tests/training/test_worlds.py tests/training/test_failing_store.py tests/control/test_faults.py \
 		tests/control/test_elastic.py tests/jobs/test_rehearse.py tests/jobs/test_campaign.py --timeout 1800
+
+test-cluster: setup
+	@echo "== a real SLURM of two nodes on this machine (Debian packages slurm-wlm and munge)"
+	command -v slurmctld >/dev/null || PATH=$$PATH:/usr/sbin command -v slurmctld >/dev/null || apt-get install --yes slurm-wlm munge
+	TEST_CLUSTER=1 $(PYTHON) -m pytest tests/cluster --timeout 1200
 
 lint: setup
 	@echo "== lint"

@@ -341,7 +341,8 @@ def main() -> int:
     arguments = sys.argv[1:]
     if arguments[:1] == ["status"]:
         return command_line.exit_code(functools.partial(status, arguments[1:]), "the campaign itself goes on")
-    return command_line.exit_code(lambda: run(parse(arguments)), _GOES_ON)
+    job = command_line.launchable(lambda: run(parse(arguments)), lambda argv: parse(argv).campaign.config.name)
+    return command_line.exit_code(job, _GOES_ON)
 
 
 if __name__ == "__main__":

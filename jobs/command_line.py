@@ -20,6 +20,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
+from cluster import command_line as cluster_command_line
 from orchestrator.config import Tested, TrainConfig
 from orchestrator.control import supervisor
 from orchestrator.control.run_tracking import FIGURE, journal_of, keep_figure, open_tracker
@@ -64,7 +65,11 @@ class _Options:
 def main(recipes: Mapping[str, Recipe], *, default: str) -> int:
     """A job whose recipes these are: from the command line of this process to its exit code."""
     program = f"python {Path(sys.argv[0])}"
-    return exit_code(lambda: run(parse(sys.argv[1:], recipes, default=default, program=program)))
+
+    def typed(argv: Sequence[str]) -> Command:
+        return parse(argv, recipes, default=default, program=program)
+
+    return exit_code(launchable(lambda: run(typed(sys.argv[1:])), lambda argv: typed(argv).config.name))
 
 
 def parse(argv: Sequence[str], recipes: Mapping[str, Recipe], *, default: str, program: str) -> Command:
@@ -213,10 +218,18 @@ class Ending:
             self.status, self.reason = RunStatus.FAILED, str(error) if isinstance(error, Exception) else ""
 
 
+def launchable(job: Callable[[], int], name_of: Callable[[list[str]], str]) -> Callable[[], int]:
+    """``job``, or with --on what launches the same command elsewhere, under the name that its arguments give."""
+    if not cluster_command_line.is_launch(sys.argv[1:]):
+        return job
+    return lambda: cluster_command_line.run(sys.argv[1:], sys.argv[0], name_of)
+
+
 def exit_code(job: Callable[[], int], interrupted: str = _GOES_ON) -> int:
     """Run ``job``; every error that a user can meet becomes one message and an exit code.
 
-    SIGTERM (``ray job stop``, SLURM) ends it as Ctrl-C does, with an exit code of its own.
+    SIGTERM (``ray job stop``, SLURM) ends it as Ctrl-C does, with an exit code of its own; a run that is under way
+    makes a checkpoint first (``supervisor.asked_to_leave``).
     """
     terminated = threading.Event()
     try:
@@ -225,7 +238,10 @@ def exit_code(job: Callable[[], int], interrupted: str = _GOES_ON) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
-    except (supervisor.RunFailedError, SupersededError, NotFiniteError, PreemptedError, OSError) as error:
+    except PreemptedError as error:
+        print(f"left: {error}", file=sys.stderr)
+        return EXIT_TERMINATED
+    except (supervisor.RunFailedError, SupersededError, NotFiniteError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:

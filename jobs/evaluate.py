@@ -84,9 +84,8 @@ def parse(argv: Sequence[str]) -> command_line.Command:
 
 
 def main() -> int:
-    return command_line.exit_code(
-        lambda: command_line.run(parse(sys.argv[1:])), interrupted="what is scored is kept: the same command goes on"
-    )
+    job = command_line.launchable(lambda: command_line.run(parse(sys.argv[1:])), lambda argv: parse(argv).config.name)
+    return command_line.exit_code(job, interrupted="what is scored is kept: the same command goes on")
 
 
 if __name__ == "__main__":

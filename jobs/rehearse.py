@@ -27,7 +27,7 @@ import psutil
 import tyro
 from rich.console import Console
 
-from cluster.local import LocalNodes
+from cluster.raylets import LocalNodes
 from jobs import command_line
 from jobs.rehearsal_report import Report, Row, show, tracking_faults
 from orchestrator.config import (

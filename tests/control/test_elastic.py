@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.local import LocalCluster
+from cluster.raylets import LocalCluster
 from orchestrator.config import GuardConfig, ModelConfig, PlacementConfig, TrackingConfig
 from orchestrator.control.driven_run import DrivenRun, wrong_images
 from orchestrator.control.faults import NETWORK, ORDERS_VARIABLE, Orders

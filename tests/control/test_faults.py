@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from cluster.local import LocalCluster
+from cluster.raylets import LocalCluster
 from jobs.rehearse import NAMES
 from orchestrator.config import BatchConfig, TrackingConfig, TrainConfig
 from orchestrator.control.driven_run import options

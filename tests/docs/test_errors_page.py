@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "when_something_goes_wrong.md"
-PACKAGES = ("orchestrator", "jobs", "data_prep")
+PACKAGES = ("orchestrator", "cluster", "jobs", "data_prep")
 LEAST_LETTERS = 8  # of the longest constant part of a quote, so that a search finds it and little else
 GAP = "…"
 
@@ -27,6 +27,7 @@ ERRORS = {
         "StoreRefusedError",
         "StoreUnreachableError",
         "RunFailedError",
+        "AllocationError",
         "ClusterError",
         "SupersededError",
         "DigestError",
@@ -67,6 +68,9 @@ NOT_MET = {
     # Raised again: the text was made where it was first raised, and is found there.
     "data_prep/fan_out.py: ValueError …": "the message of a task",
     "orchestrator/config.py: ValueError …": "what _check has gathered",
+    "cluster/allocation.py: AllocationError …": "the texts that _wait and lost are given, which stand on the page",
+    "cluster/allocation.py: Ray has ended": "told as 'node … (…): Ray has ended'",
+    "cluster/raylets.py: the local Ray cluster does not": "a cluster of tests and rehearsals: told with the rehearsal",
     "orchestrator/campaign/opening.py: member …: …": "the message of a check, with the member's name",
     "orchestrator/campaign/plan.py: ValueError …": "what __post_init__ has gathered",
     "orchestrator/campaign/products.py: …; --evaluation.splits": "the message of a class map, with what to do",

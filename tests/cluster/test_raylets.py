@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster.local import LocalCluster
+from cluster.raylets import LocalCluster
 
 ROOT = Path(__file__).parents[2]
 
@@ -129,7 +129,7 @@ def test_nodes_come_and_go_and_nothing_is_left() -> None:
 @pytest.mark.ray_cluster
 def test_the_cluster_ends_with_whoever_asked_for_it() -> None:
     code = (
-        "import sys, time; from cluster.local import LocalCluster\n"
+        "import sys, time; from cluster.raylets import LocalCluster\n"
         "c = LocalCluster(); c.add(1); print(c._process.pid, c.environment['RAY_AUTH_TOKEN_PATH'], flush=True)\n"
         "time.sleep(600)"
     )

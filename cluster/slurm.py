@@ -1,0 +1,264 @@
+"""The launcher of SLURM jobs, by submitit: N nodes, on each a task, which together make a Ray cluster for one job.
+
+SLURM warns before it takes the nodes away (time limit, preemption): the job makes a checkpoint, is queued again, and
+goes on where it was. A node that is lost ends the start, and the job is queued again as well.
+
+    slurm/ID_submission.sh, ID_N_log.out, …   submitit's: the batch script, what node N's task prints
+    log.txt                                   what the job prints, all starts one after another
+    stop                                      somebody has asked the job to end
+    ended.json                                its exit code, once it has ended for good
+    ray-ID-S/                                 of start S (cluster/allocation.py)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import submitit
+
+from cluster.allocation import AllocationError, Node, RayOnNodes, visible_gpus
+from cluster.launch import Job, State, Status, environment_to_pass
+from cluster.local import status_of
+from cluster.settings import SlurmSettings
+
+_POLL_S = 0.5
+_NO_LIMIT = 1_000_000  # restarts after a time limit: a campaign takes as many as it takes
+_LEAVE_MARGIN_S = 15.0  # of the warning time, for ending Ray and queueing the job again
+_STOP_S = 600.0  # for the checkpoint of a job that was asked to end, and for Ray's end
+_COMMAND_S = 60.0
+_WAITS = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "SUSPENDED", "RESIZING")
+_RUNS = ("RUNNING", "COMPLETING", "STAGE_OUT", "SIGNALING", "STOPPED")
+
+
+class Slurm:
+    """The launcher."""
+
+    def __init__(self, settings: SlurmSettings) -> None:
+        self._settings = settings
+
+    def preview(self, job: Job, folder: Path) -> str:
+        _check(self._settings)
+        executor = submitit.SlurmExecutor(folder=folder / "slurm")
+        executor.update_parameters(**_parameters(self._settings, job))
+        return executor._make_submission_file_text(executor._submitit_command_str, "")
+
+    def submit(self, job: Job, folder: Path) -> dict[str, str]:
+        _check(self._settings)
+        if shutil.which("sbatch") is None:
+            raise ValueError("there is no sbatch here: launch from a machine of the SLURM cluster")
+        found = [path.name.split("_")[0] for path in (folder / "slurm").glob("[0-9]*_submission.sh")]
+        if found:  # whoever submitted it was ended before it could write that down
+            return {"job_id": found[0]}
+        executor = submitit.SlurmExecutor(folder=folder / "slurm", max_num_timeout=_NO_LIMIT)
+        executor.update_parameters(**_parameters(self._settings, job))
+        try:
+            submitted = executor.submit(Start(job, folder, self._settings))
+        except submitit.core.utils.FailedJobError as error:
+            raise ValueError(f"SLURM does not take the job: {_words(str(error))}") from None
+        return {"job_id": submitted.job_id}
+
+    def status(self, job: Job, folder: Path) -> Status:
+        """Without accounting: the queue, what the job has written at its end, then what SLURM still remembers."""
+        number = job.handle["job_id"]
+        queued = _slurm("squeue", "--noheader", "--jobs", number, "--states", "all", "--format", "%T|%r|%N")
+        state, _, rest = queued.partition("|")
+        why, _, nodes = rest.partition("|")
+        if state in _WAITS:
+            return Status(State.WAITING, why)
+        if state in _RUNS:
+            return Status(State.RUNNING, f"on {nodes}" if nodes else why)
+        with suppress(FileNotFoundError):
+            ended = json.loads((folder / "ended.json").read_text())
+            found = status_of(int(ended["code"]))
+            return Status(found.state, ended.get("said") or found.said)
+        if (folder / "stop").exists():
+            return Status(State.STOPPED, "ended by scancel: the same command goes on")
+        if not state:
+            shown = _slurm("scontrol", "show", "job", number, "--oneliner")
+            match = re.search(r"JobState=(\S+)", shown)
+            state = match.group(1) if match else ""
+        if state in ("CANCELLED", "PREEMPTED"):
+            return Status(State.STOPPED, f"SLURM: {state}; the same command goes on")
+        if state:
+            return Status(State.FAILED, f"SLURM: {state}; the same command goes on")
+        return Status(State.LOST, "SLURM does not know it any more, and it has not written how it ended: same command")
+
+    def log(self, job: Job, folder: Path) -> str:
+        with suppress(FileNotFoundError):
+            return (folder / "log.txt").read_text(errors="replace")
+        return ""
+
+    def stop(self, job: Job, folder: Path) -> None:
+        state = self.status(job, folder).state
+        if state.is_over:
+            return
+        (folder / "stop").touch()
+        if state is State.WAITING:
+            _slurm("scancel", job.handle["job_id"])
+
+
+def _check(settings: SlurmSettings) -> None:
+    for name in ("nodes", "cpus_per_node", "time_min"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"--slurm.{name.replace('_', '-')} must be at least 1, not {getattr(settings, name)}")
+    if settings.warning_s >= settings.time_min * 60:
+        raise ValueError(
+            f"--slurm.warning-s {settings.warning_s} leaves nothing of a start of {settings.time_min} minutes"
+        )
+    if settings.warning_s <= _LEAVE_MARGIN_S:
+        raise ValueError(f"--slurm.warning-s must be more than {_LEAVE_MARGIN_S:.0f}: a checkpoint takes its time")
+    for each in settings.extra:
+        if "=" not in each:
+            raise ValueError(f"--slurm.extra {each!r}: give it as option=value")
+
+
+def _parameters(settings: SlurmSettings, job: Job) -> dict[str, Any]:
+    """In submitit's words."""
+    s = settings
+    found: dict[str, Any] = {
+        "job_name": job.id,
+        "nodes": s.nodes,
+        "ntasks_per_node": 1,
+        "cpus_per_task": s.cpus_per_node,
+        "time": s.time_min,
+        "signal_delay_s": s.warning_s,
+        "stderr_to_stdout": True,
+        # srun does not take over what sbatch was given.
+        "srun_args": [f"--cpus-per-task={s.cpus_per_node}", "--kill-on-bad-exit=1"],
+        "additional_parameters": {"requeue": True, **dict(each.split("=", 1) for each in s.extra)},
+    }
+    found |= {"gpus_per_node": s.gpus_per_node} if s.gpus_per_node else {}
+    found |= {"mem": f"{s.mem_gb}GB" if s.mem_gb else "0"}
+    found |= {name: value for name in ("partition", "account", "qos") if (value := getattr(s, name))}
+    return found
+
+
+def _slurm(*words: str) -> str:
+    """What one of SLURM's commands prints; "" where it does not know the job. Raises OSError."""
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=_COMMAND_S, check=False)
+    except FileNotFoundError:
+        raise ValueError(f"there is no {words[0]} here: ask from a machine of the SLURM cluster") from None
+    except subprocess.TimeoutExpired:
+        raise OSError(f"SLURM does not answer ({words[0]}, {_COMMAND_S:.0f} s)") from None
+    if done.returncode and "Invalid job id" not in done.stderr:
+        raise OSError(f"SLURM refuses {words[0]}: {_words(done.stderr)}")
+    return done.stdout.strip().partition("\n")[0]
+
+
+def _words(text: str) -> str:
+    return " ".join(text.split())[:300]
+
+
+# -- on the nodes ---------------------------------------------------------------------------------------------------
+
+
+class Start:
+    """What each node's task does: called once a start. Stateless, for SLURM runs the same pickle again."""
+
+    def __init__(self, job: Job, folder: Path, settings: SlurmSettings) -> None:
+        self._job, self._folder, self._settings = job, folder, settings
+        self._environment = environment_to_pass(os.environ)
+        self._driver: subprocess.Popen[bytes] | None = None
+        self._ray: RayOnNodes | None = None
+
+    def __call__(self) -> int:
+        """The job's exit code."""
+        self._ray = ray = self._ray_here()
+        if submitit.JobEnvironment().global_rank:
+            ray.join()
+            return 0
+        code, said = 1, ""
+        try:
+            with ray.head() as address:
+                code, said = self._drive(ray, address)
+        except AllocationError as error:
+            said = str(error)
+            self._print(f"error: {said}")
+        if code != 0 and said and ray.is_lost and not (self._folder / "stop").exists():
+            self._queue_again(said)
+        written = self._folder / "ended.new"
+        written.write_text(json.dumps({"code": code, "said": said}))
+        written.replace(self._folder / "ended.json")
+        if code:
+            sys.exit(code)
+        return code
+
+    def _ray_here(self) -> RayOnNodes:
+        here, settings = submitit.JobEnvironment(), self._settings
+        hosts = [host for host in here.hostnames if host != os.environ.get("SLURMD_NODENAME")]
+        node = Node(
+            here.global_rank,
+            here.num_nodes,
+            settings.cpus_per_node,
+            visible_gpus(os.environ) if settings.gpus_per_node else 0,
+            hosts[0] if hosts else "",
+        )
+        start = f"ray-{here.job_id}-{os.environ.get('SLURM_RESTART_COUNT') or 0}"
+        return RayOnNodes(
+            self._folder / start, node, join_timeout_s=settings.join_timeout_s, interface=settings.interface
+        )
+
+    # -- the first node -----------------------------------------------------------------------------------------
+
+    def _drive(self, ray: RayOnNodes, address: str) -> tuple[int, str]:
+        """Run the job's driver to its end: its exit code, and what is to be said of it."""
+        environment = os.environ | self._environment | ray.environment | {"RAY_ADDRESS": address}
+        environment |= {"PYTHONUNBUFFERED": "1"}
+        for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            environment.pop(name, None)
+        with (self._folder / "log.txt").open("ab") as log:
+            driver = self._driver = subprocess.Popen(
+                ["env", "--ignore-signal=USR2", sys.executable, *self._job.argv],
+                cwd=self._job.directory,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        asked_s = 0.0
+        while (code := driver.poll()) is None:
+            if not asked_s and ((self._folder / "stop").exists() or ray.lost()):
+                asked_s = time.monotonic()
+                driver.send_signal(signal.SIGTERM)
+            if asked_s and time.monotonic() - asked_s > _STOP_S:
+                driver.kill()
+            time.sleep(_POLL_S)
+        return (code if code >= 0 else 128 - code), ray.lost()
+
+    def checkpoint(self) -> Any:
+        """SLURM has warned: a checkpoint within the warning time; submitit then queues the job again."""
+        driver = self._driver
+        if driver is not None and driver.poll() is None:
+            self._print(f"SLURM takes the nodes away in {self._settings.warning_s} s: a checkpoint, then the queue")
+            driver.send_signal(signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                driver.wait(self._settings.warning_s - _LEAVE_MARGIN_S)
+        if self._ray is not None:
+            self._ray.end()
+        if (self._folder / "stop").exists():
+            return None  # it is not queued again
+        return submitit.helpers.DelayedSubmission(Start(self._job, self._folder, self._settings))
+
+    def _queue_again(self, why: str) -> None:
+        """A start that lost a node has failed through no fault of the job's."""
+        number = submitit.JobEnvironment().raw_job_id
+        self._print(f"{why}: the job is queued again")
+        with suppress(OSError):
+            _slurm("scontrol", "requeue", number)
+            time.sleep(_COMMAND_S)  # SLURM ends this task
+
+    def _print(self, text: str) -> None:
+        with (self._folder / "log.txt").open("a") as log:
+            log.write(text + "\n")
