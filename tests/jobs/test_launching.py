@@ -1,0 +1,56 @@
+"""``--on`` as it is typed: checked before anything is launched, previewed, refused in words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from jobs import campaign
+from tests.jobs.conftest import Run
+from tests.training.group import options, small_config
+
+
+def test_a_preview_launches_nothing(prepared: Path, tmp_path: Path, typed: Run) -> None:
+    words = ("resnet18", *options(small_config(prepared, tmp_path / "runs", "r")))
+    code, text = typed(*words, "--on", "slurm", "--slurm.nodes", "4", "--dry-run")
+    assert code == 0, text
+    assert "#SBATCH --nodes=4\n" in text
+    code, text = typed(*words, "--on", "ray", "--ray.dashboard", "http://head:8265", "--dry-run")
+    assert code == 0, text
+    assert "ray job submit --address http://head:8265 --submission-id r-000001 --working-dir . -- python" in text
+    assert "--schedule.max-steps 8" in text
+    assert "--on" not in text
+    code, text = typed(*words, "--on=local", "--launch-name", "mine", "--dry-run")
+    assert code == 0, text
+    assert "launches/mine/000001/log.txt" in text
+    code, text = typed("small", "--name", "six", "--on", "slurm", "--dry-run", main=campaign.main)
+    assert code == 0, text
+    assert "#SBATCH --job-name=six-000001\n" in text
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--on", "local", "--schedule.max-stepz", "3"), "--schedule.max-stepz"),
+        (("--on", "moon"), "moon"),
+        (("--on", "slurm", "--slurm.nodes", "0"), "--slurm.nodes must be at least 1, not 0"),
+        (("--on", "slurm"), "there is no sbatch here: launch from a machine of the SLURM cluster"),
+        (("--on", "ray", "--ray.dashboard", "http://127.0.0.1:9"), "no Ray cluster takes jobs at http://127.0.0.1:9"),
+        (("--on", "local", "--launch-name", "a/b"), "a job cannot be called 'a/b'"),
+    ],
+)
+def test_wrong_input(
+    more: tuple[str, ...], said: str, prepared: Path, tmp_path: Path, typed: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    code, text = typed("resnet18", *options(small_config(prepared, tmp_path / "runs", "r")), *more)
+    assert code == 2, text
+    assert said in " ".join(text.split())
+    assert not list(tmp_path.rglob("*.txt"))
+    # The same command, mended, is not in the way of itself.
+    code, text = typed(
+        "resnet18", *options(small_config(prepared, tmp_path / "runs", "r")), "--on", "local", "--dry-run"
+    )
+    assert code == 0, text
