@@ -6,6 +6,7 @@ Nothing of another job's Ray is touched, so jobs may share a node. Files of star
     ray-J-S/token           0600, as long as the job runs
     ray-J-S/head.json       the head's address, once it answers
     ray-J-S/joined-N.json   node N has joined
+    ray-J-S/alive-N         a number that grows as long as node N's process lives
     ray-J-S/lost-N.json     Ray has ended on node N before the job's end
     ray-J-S/done            the job has ended: nodes leave
     ray-J-S/node-N.log      what Ray prints
@@ -14,6 +15,7 @@ Nothing of another job's Ray is touched, so jobs may share a node. Files of star
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import shutil
@@ -32,6 +34,8 @@ import psutil
 
 _POLL_S = 0.5
 _START_S = 120.0  # for Ray's own processes on a busy machine
+_BEAT_S = 5.0
+_SILENT_S = 60.0  # without a sign of life a node is lost
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DISABLE_IMPORT_WARNING": "1"}
 
 
@@ -60,7 +64,9 @@ class RayOnNodes:
         self._interface = interface
         self._temp: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
-        self.is_lost = False  # a node has lost Ray
+        self.is_lost = False  # a node has lost Ray, or is gone
+        self._beats, self._beat_s = 0, -math.inf
+        self._heard: dict[str, tuple[str, float]] = {}  # of each other node: its last number, and when that was new
 
     # -- both kinds of nodes ------------------------------------------------------------------------------------
 
@@ -147,13 +153,32 @@ class RayOnNodes:
             token.unlink()
 
     def lost(self) -> str:
-        """Which nodes have lost Ray, in words; empty: none."""
+        """Which nodes are lost, in words; empty: none. To be asked often: it is this node's own sign of life, too."""
+        self._beat()
         if self.has_ended():
             self.is_lost = True
             return "Ray has ended on the first node"
-        found = [json.loads(path.read_text()) for path in sorted(self._folder.glob("lost-*.json"))]
+        told = [json.loads(path.read_text()) for path in sorted(self._folder.glob("lost-*.json"))]
+        found = {one["rank"]: f"node {one['rank']} ({one['host']}): {one['said']}" for one in told}
+        for rank in (path.stem.removeprefix("joined-") for path in self._folder.glob("joined-*.json")):
+            if rank not in found and self._is_silent(rank):
+                found[rank] = f"node {rank} has given no sign of life for {_SILENT_S:.0f} s"
         self.is_lost |= bool(found)
-        return "; ".join(f"node {told['rank']} ({told['host']}): {told['said']}" for told in found)
+        return "; ".join(found.values())
+
+    def _beat(self) -> None:
+        if time.monotonic() - self._beat_s > _BEAT_S:
+            self._beats, self._beat_s = self._beats + 1, time.monotonic()
+            (self._folder / f"alive-{self._node.rank}").write_text(str(self._beats))
+
+    def _is_silent(self, rank: str) -> bool:
+        """By this node's clock alone."""
+        beat = ""
+        with suppress(OSError):
+            beat = (self._folder / f"alive-{rank}").read_text()
+        if rank not in self._heard or self._heard[rank][0] != beat:
+            self._heard[rank] = beat, time.monotonic()
+        return time.monotonic() - self._heard[rank][1] > _SILENT_S
 
     def _all_joined(self) -> bool:
         if lost := self.lost():
@@ -184,6 +209,9 @@ class RayOnNodes:
             while not self._is_done():
                 if self.has_ended():
                     raise AllocationError("Ray has ended")
+                if self._is_silent("0"):
+                    raise AllocationError("the first node is gone")
+                self._beat()
                 alive()
                 time.sleep(_POLL_S)
         except AllocationError as error:

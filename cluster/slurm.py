@@ -35,6 +35,7 @@ _POLL_S = 0.5
 _NO_LIMIT = 1_000_000  # restarts after a time limit: a campaign takes as many as it takes
 _LEAVE_MARGIN_S = 15.0  # of the warning time, for ending Ray and queueing the job again
 _STOP_S = 600.0  # for the checkpoint of a job that was asked to end, and for Ray's end
+_LOST_S = 60.0  # for its end where a node is gone
 _COMMAND_S = 60.0
 _WAITS = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "SUSPENDED", "RESIZING")
 _RUNS = ("RUNNING", "COMPLETING", "STAGE_OUT", "SIGNALING", "STOPPED")
@@ -134,7 +135,7 @@ def _parameters(settings: SlurmSettings, job: Job) -> dict[str, Any]:
         "signal_delay_s": s.warning_s,
         "stderr_to_stdout": True,
         # srun does not take over what sbatch was given.
-        "srun_args": [f"--cpus-per-task={s.cpus_per_node}", "--kill-on-bad-exit=1"],
+        "srun_args": [f"--cpus-per-task={s.cpus_per_node}"],
         "additional_parameters": {"requeue": True, **dict(each.split("=", 1) for each in s.extra)},
     }
     found |= {"gpus_per_node": s.gpus_per_node} if s.gpus_per_node else {}
@@ -229,10 +230,11 @@ class Start:
             )
         asked_s = 0.0
         while (code := driver.poll()) is None:
-            if not asked_s and ((self._folder / "stop").exists() or ray.lost()):
+            lost = ray.lost()
+            if not asked_s and (lost or (self._folder / "stop").exists()):
                 asked_s = time.monotonic()
                 driver.send_signal(signal.SIGTERM)
-            if asked_s and time.monotonic() - asked_s > _STOP_S:
+            if asked_s and time.monotonic() - asked_s > (_LOST_S if ray.is_lost else _STOP_S):
                 driver.kill()
             time.sleep(_POLL_S)
         return (code if code >= 0 else 128 - code), ray.lost()

@@ -127,7 +127,7 @@ def test_the_batch_script_asks_for_what_is_set(tmp_path: Path) -> None:
         assert f"#SBATCH {line}\n" in text, text
     assert "#SBATCH --signal=USR2@300\n" in text
     assert "#SBATCH --reservation=r\n" in text
-    assert "--cpus-per-task=64 --kill-on-bad-exit=1" in text
+    assert "--cpus-per-task=64" in text
     assert sys.executable in text
     assert not (tmp_path / "f").exists()
 
