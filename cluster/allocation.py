@@ -109,23 +109,31 @@ class RayOnNodes:
         """End Ray on this node: what this object has started, and nothing else."""
         if self._process is None:
             return
-        tree = {self._process.pid}
-        with suppress(psutil.Error):
-            tree |= {child.pid for child in psutil.Process(self._process.pid).children(recursive=True)}
+        tree: list[psutil.Process] = []
+        if self._process.poll() is None:
+            with suppress(psutil.Error):
+                root = psutil.Process(self._process.pid)
+                tree = [root, *root.children(recursive=True)]
         with suppress(ProcessLookupError):
             self._process.send_signal(signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(10)
-        for process in psutil.process_iter(["pid", "cmdline"]):
-            words = process.info["cmdline"] or []
-            of_head = self._temp is not None and any(str(self._temp) in word for word in words)
-            if process.info["pid"] in tree or of_head:
-                with suppress(psutil.Error):
-                    process.kill()
+        if self._temp is not None:
+            mark = str(self._temp)
+            for process in psutil.process_iter(["cmdline"]):
+                if any(mark in word for word in process.info["cmdline"] or []):
+                    tree.append(process)
+        for process in tree:
+            with suppress(psutil.Error):
+                process.kill()
         self._process.wait()
         self._process = None
         if self._temp is not None:
             shutil.rmtree(self._temp, ignore_errors=True)
+
+    def mark(self, name: str) -> None:
+        """Leave a file of this name in the start's folder."""
+        (self._folder / name).touch()
 
     # -- the head -----------------------------------------------------------------------------------------------
 
@@ -144,7 +152,8 @@ class RayOnNodes:
         try:
             self._start(words)
             self._wait(lambda: _answers(self._address, port), _START_S, "Ray's head did not start")
-            _publish(self._folder / "head.json", {"address": address})
+            here = {"address": address, "temp": str(self._temp), "host": socket.gethostname()}
+            _publish(self._folder / "head.json", here)
             self._wait(self._all_joined, self._join_timeout_s, self._missing)
             yield address
         finally:
@@ -154,7 +163,7 @@ class RayOnNodes:
 
     def lost(self) -> str:
         """Which nodes are lost, in words; empty: none. To be asked often: it is this node's own sign of life, too."""
-        self._beat()
+        self.beat()
         if self.has_ended():
             self.is_lost = True
             return "Ray has ended on the first node"
@@ -166,7 +175,8 @@ class RayOnNodes:
         self.is_lost |= bool(found)
         return "; ".join(found.values())
 
-    def _beat(self) -> None:
+    def beat(self) -> None:
+        """Show the other nodes that this one lives."""
         if time.monotonic() - self._beat_s > _BEAT_S:
             self._beats, self._beat_s = self._beats + 1, time.monotonic()
             (self._folder / f"alive-{self._node.rank}").write_text(str(self._beats))
@@ -200,8 +210,11 @@ class RayOnNodes:
         """Join the head's cluster, and stay until the job has ended, or Ray on this node. ``alive``: told often."""
         rank, here = self._node.rank, socket.gethostname()
         try:
-            self._wait(lambda: self._head() != "", self._join_timeout_s, "the first node's Ray head did not start")
-            self._start([f"--address={self._head()}"])
+            self._wait(lambda: bool(self._head()), self._join_timeout_s, "the first node's Ray head did not start")
+            head = self._head()
+            if head["host"] != here:
+                self._temp = Path(head["temp"])  # Ray makes a folder of the same name on this machine
+            self._start([f"--address={head['address']}"])
             log = self._folder / f"node-{rank}.log"
             began = "--block"  # what `ray start` prints once its processes run
             self._wait(lambda: began in log.read_text(errors="replace"), _START_S, "Ray did not start on this node")
@@ -211,7 +224,7 @@ class RayOnNodes:
                     raise AllocationError("Ray has ended")
                 if self._is_silent("0"):
                     raise AllocationError("the first node is gone")
-                self._beat()
+                self.beat()
                 alive()
                 time.sleep(_POLL_S)
         except AllocationError as error:
@@ -223,10 +236,10 @@ class RayOnNodes:
     def _is_done(self) -> bool:
         return (self._folder / "done").exists()
 
-    def _head(self) -> str:
+    def _head(self) -> dict[str, str]:
         with suppress(FileNotFoundError):
-            return str(json.loads((self._folder / "head.json").read_text())["address"])
-        return ""
+            return dict(json.loads((self._folder / "head.json").read_text()))
+        return {}
 
     def _wait(self, reached: Callable[[], bool], timeout_s: float, otherwise: str | Callable[[], str]) -> None:
         until_s = time.monotonic() + timeout_s

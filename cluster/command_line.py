@@ -160,6 +160,7 @@ def afterwards(argv: Sequence[str]) -> int:
             return int(status.state in (State.FAILED, State.STOPPED, State.LOST))
         case LogOptions(name, follow=follow):
             job = _find(launches, name)
+            launch.check_submitted(job)
             launcher, folder = known(job.where), launch.folder_of(launches, job)
             pieces = launch.follow(launcher, job, folder, _pauses()) if follow else [launcher.log(job, folder)]
             for text in pieces:
@@ -168,6 +169,7 @@ def afterwards(argv: Sequence[str]) -> int:
             return 0
         case StopOptions(name, wait_s=wait_s):
             job = _find(launches, name)
+            launch.check_submitted(job)
             launcher, folder = known(job.where), launch.folder_of(launches, job)
             launcher.stop(job, folder)
             until_s = time.monotonic() + wait_s

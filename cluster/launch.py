@@ -8,7 +8,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import secrets
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -65,11 +68,12 @@ class Job:
     directory: str
     submitted: str
     handle: dict[str, str]
+    nonce: str = ""  # others may have launch folders of their own, and jobs of the same name
 
     @property
     def id(self) -> str:
-        """Unique in its launch folder, and the same for the same launch."""
-        return f"{self.name}-{self.number:06d}"
+        """Nobody else's, and the same for the same launch."""
+        return "-".join(filter(None, [self.name, f"{self.number:06d}", self.nonce]))
 
 
 class Launcher(Protocol):
@@ -106,9 +110,21 @@ def submit(launcher_of: LauncherOf, launches: Path, name: str, where: Where, arg
     A job of this name that waits or runs is left alone and given back where it is the same, else ValueError.
     """
     _check_name(name)
+    (launches / name).mkdir(parents=True, exist_ok=True)
+    with (launches / name / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the same command typed twice at once
+        return _submit(launcher_of, launches, name, where, argv)
+
+
+def _submit(launcher_of: LauncherOf, launches: Path, name: str, where: Where, argv: Sequence[str]) -> tuple[Job, bool]:
     newest = find(launches, name)
     if newest is not None and (not newest.handle or not status(launcher_of, newest, launches).state.is_over):
         if (newest.where, newest.argv) != (where, tuple(argv)):
+            if not newest.handle:
+                raise ValueError(
+                    f"the submission of job {name!r} to {newest.where.value} was interrupted: repeat that command, or "
+                    f"make sure that it does not run there and remove {folder_of(launches, newest)}"
+                )
             raise ValueError(
                 f"job {name!r} is at work on {newest.where.value} with another command: give another --launch-name, or "
                 "stop it first"
@@ -116,15 +132,15 @@ def submit(launcher_of: LauncherOf, launches: Path, name: str, where: Where, arg
         # Without a handle: whoever submitted it was ended in between, and the launcher knows whether it got there.
         return newest if newest.handle else _hand_over(launcher_of(where), newest, launches), False
     number = newest.number + 1 if newest is not None else 1
-    job = Job(name, number, where, tuple(argv), str(Path.cwd()), _now(), {})
+    job = Job(name, number, where, tuple(argv), str(Path.cwd()), _now(), {}, secrets.token_hex(3))
     folder = folder_of(launches, job)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        folder.mkdir(mode=0o700)
-    except FileExistsError:
-        raise ValueError(f"job {name!r} is being submitted by another process: ask for its status") from None
+    folder.mkdir(mode=0o700)
     _write(folder, job)
-    return _hand_over(launcher_of(where), job, launches), True
+    try:
+        return _hand_over(launcher_of(where), job, launches), True
+    except ValueError:  # refused: it is not in the way of the next one
+        shutil.rmtree(folder)
+        raise
 
 
 def _hand_over(launcher: Launcher, job: Job, launches: Path) -> Job:
@@ -132,6 +148,12 @@ def _hand_over(launcher: Launcher, job: Job, launches: Path) -> Job:
     job = replace(job, handle=launcher.submit(job, folder))
     _write(folder, job)
     return job
+
+
+def check_submitted(job: Job) -> None:
+    """Raises ValueError where its launcher may not know it."""
+    if not job.handle:
+        raise ValueError(f"the submission of job {job.name!r} was interrupted: the same command submits it")
 
 
 def status(launcher_of: LauncherOf, job: Job, launches: Path) -> Status:

@@ -1,9 +1,9 @@
 """The launcher that runs a job in the background of this machine. The job starts or joins Ray as it does by hand.
 
-    log.txt       what it prints
-    ended.json    its exit code, once it has ended
-
-``python -m cluster.local FOLDER`` is the process that starts the job and stays with it.
+log.txt         what it prints
+process.json    its keeper, which starts the job and stays with it (``python -m cluster.local FOLDER``)
+child.json      the job itself
+ended.json      its exit code, once it has ended
 """
 
 from __future__ import annotations
@@ -15,15 +15,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from cluster.launch import Job, State, Status
 from orchestrator.training.ownership import Process
 
-_LOG, _ENDED = "log.txt", "ended.json"
+_LOG, _KEEPER, _CHILD, _ENDED = "log.txt", "process.json", "child.json", "ended.json"
+_START_S = 60.0
 _ROOT = Path(__file__).parents[1]
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes of a job that was asked to end
 
@@ -35,13 +38,11 @@ class Local:
         return f"cd {shlex.quote(job.directory)}\npython {shlex.join(job.argv)} > {folder / _LOG} 2>&1 &\n"
 
     def submit(self, job: Job, folder: Path) -> dict[str, str]:
-        if (folder / "process.json").exists():  # whoever submitted it was ended before it could write the handle
-            return dict(json.loads((folder / "process.json").read_text()))
         path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
         # A stop that comes before the keeper listens is kept for it.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         try:
-            process = subprocess.Popen(
+            keeper = subprocess.Popen(
                 [sys.executable, "-m", "cluster.local", str(folder), *job.argv],
                 cwd=job.directory,
                 env=os.environ | {"PYTHONPATH": path},
@@ -52,19 +53,24 @@ class Local:
             )
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-        handle = {key: str(value) for key, value in asdict(Process.of(process.pid)).items()}
-        (folder / "process.json").write_text(json.dumps(handle))
-        return handle
+        # The keeper says who keeps the job: one that an interrupted submission has started may have been first.
+        until_s = time.monotonic() + _START_S
+        while (found := _read(folder / _KEEPER)) is None:
+            if keeper.poll() is not None or time.monotonic() > until_s:
+                raise OSError(f"job {job.name!r} did not start: the machine is busy or short of memory")
+            time.sleep(0.05)
+        return {key: str(value) for key, value in found.items()}
 
     def status(self, job: Job, folder: Path) -> Status:
-        ended = self._ended(folder)
-        if ended is None and _process(job).lives() is False:
-            ended = self._ended(folder)  # it may have ended between the two looks
-            if ended is None:
-                return Status(State.LOST, "it was killed, or its machine was: the same command goes on")
-        if ended is None:
-            return Status(State.RUNNING, f"process {job.handle['pid']} of {job.handle['host']}")
-        return status_of(ended)
+        process = _process(job.handle)
+        is_gone = _is_gone(process)
+        if (ended := _read(folder / _ENDED)) is not None:
+            return status_of(int(ended["code"]))
+        if is_gone:
+            if (child := self._orphan(folder)) is not None:
+                return Status(State.RUNNING, f"process {child.pid} of {child.host}, whose keeper was killed")
+            return Status(State.LOST, "it was killed, or its machine was: the same command goes on")
+        return Status(State.RUNNING, f"process {process.pid} of {process.host}")
 
     def log(self, job: Job, folder: Path) -> str:
         with suppress(FileNotFoundError):
@@ -72,17 +78,23 @@ class Local:
         return ""
 
     def stop(self, job: Job, folder: Path) -> None:
-        process = _process(job)
-        if self._ended(folder) is not None or process.lives() is False:
+        process = _process(job.handle)
+        if (folder / _ENDED).exists():
             return
-        if process.lives() is None:
+        if _is_gone(process):
+            if (child := self._orphan(folder)) is not None:
+                os.kill(child.pid, signal.SIGTERM)
+        elif process.lives() is None:
             raise ValueError(f"job {job.name!r} runs on {process.host}: stop it there")
-        os.kill(process.pid, signal.SIGTERM)
+        else:
+            os.kill(process.pid, signal.SIGTERM)
 
-    def _ended(self, folder: Path) -> int | None:
-        with suppress(FileNotFoundError):
-            return int(json.loads((folder / _ENDED).read_text())["code"])
-        return None
+    def _orphan(self, folder: Path) -> Process | None:
+        """The job itself, where it lives on without its keeper."""
+        child = _read(folder / _CHILD)
+        if child is None or not (process := _process(child)).lives():
+            return None
+        return process
 
 
 def status_of(code: int) -> Status:
@@ -94,8 +106,33 @@ def status_of(code: int) -> Status:
     return Status(State.FAILED, f"exit code {code}")
 
 
-def _process(job: Job) -> Process:
-    return Process(**{**job.handle, "pid": int(job.handle["pid"])})  # type: ignore[arg-type]
+def _process(plain: Mapping[str, Any]) -> Process:
+    return Process(**{**plain, "pid": int(plain["pid"])})
+
+
+def _is_gone(process: Process) -> bool:
+    """Whether it has ended; also with the machine, which was started again."""
+    here = Process.of(os.getpid())
+    return process.lives() is False or (process.host == here.host and process.boot != here.boot)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    with suppress(FileNotFoundError):
+        return dict(json.loads(path.read_text()))
+    return None
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> bool:
+    """Whole or not at all; whether it was not there before."""
+    written = path.with_suffix(f".{os.getpid()}")
+    written.write_text(json.dumps(content))
+    try:
+        path.hardlink_to(written)
+        return True
+    except FileExistsError:
+        return False
+    finally:
+        written.unlink()
 
 
 def main() -> int:
@@ -111,6 +148,8 @@ def main() -> int:
             with suppress(ProcessLookupError):
                 child.send_signal(signal.SIGTERM)
 
+    if not _write(folder / _KEEPER, asdict(Process.of(os.getpid()))):
+        return 1  # another one keeps this job
     signal.signal(signal.SIGTERM, stop)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     code = 128 + signal.SIGTERM
@@ -118,12 +157,11 @@ def main() -> int:
         nothing, both = subprocess.DEVNULL, subprocess.STDOUT
         with (folder / _LOG).open("ab") as log:
             child = subprocess.Popen([sys.executable, *argv], stdin=nothing, stdout=log, stderr=both)
+        _write(folder / _CHILD, asdict(Process.of(child.pid)))
         if is_asked:  # while it was started
             child.terminate()
         code = child.wait()
-    written = folder / f"{_ENDED}.new"
-    written.write_text(json.dumps({"code": code if code >= 0 else 128 - code, "time": time.time()}))
-    written.replace(folder / _ENDED)
+    _write(folder / _ENDED, {"code": code if code >= 0 else 128 - code, "time": time.time()})
     return 0
 
 

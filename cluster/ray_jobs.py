@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,11 +61,10 @@ class RayJobs:
         from ray.job_submission import JobStatus
 
         try:
-            details = self._client(job.handle["address"]).get_job_info(job.handle["submission_id"])
-        except RuntimeError as error:
-            if "does not exist" in str(error):
-                return Status(State.LOST, "the cluster does not know it: its head was started again; same command")
-            raise OSError(f"the Ray cluster at {job.handle['address']} does not answer: {_last_line(error)}") from None
+            with self._answers(job):
+                details = self._client(job.handle["address"]).get_job_info(job.handle["submission_id"])
+        except ValueError as error:
+            return Status(State.LOST, str(error))
         state = {
             JobStatus.PENDING: State.WAITING,
             JobStatus.RUNNING: State.RUNNING,
@@ -76,10 +77,26 @@ class RayJobs:
         return Status(state, " ".join(filter(None, [where, _first_line(said)])))
 
     def log(self, job: Job, folder: Path) -> str:
-        return self._client(job.handle["address"]).get_job_logs(job.handle["submission_id"])
+        with self._answers(job):
+            return self._client(job.handle["address"]).get_job_logs(job.handle["submission_id"])
 
     def stop(self, job: Job, folder: Path) -> None:
-        self._client(job.handle["address"]).stop_job(job.handle["submission_id"])
+        with self._answers(job):
+            self._client(job.handle["address"]).stop_job(job.handle["submission_id"])
+
+    @contextmanager
+    def _answers(self, job: Job) -> Iterator[None]:
+        """Ray's client raises RuntimeError for whatever the head answers."""
+        address = job.handle["address"]
+        try:
+            yield
+        except RuntimeError as error:
+            if "does not exist" in str(error):
+                raise ValueError(
+                    f"the Ray cluster at {address} does not know job {job.id}: its head was started again; the same "
+                    "command launches it"
+                ) from None
+            raise OSError(f"the Ray cluster at {address} does not answer: {_last_line(error)}") from None
 
     def _client(self, address: str) -> JobSubmissionClient:
         from ray.job_submission import JobSubmissionClient

@@ -35,6 +35,7 @@ _POLL_S = 0.5
 _NO_LIMIT = 1_000_000  # restarts after a time limit: a campaign takes as many as it takes
 _LEAVE_MARGIN_S = 15.0  # of the warning time, for ending Ray and queueing the job again
 _STOP_S = 600.0  # for the checkpoint of a job that was asked to end, and for Ray's end
+_LOST, _MOST_LOST_STARTS = "lost", 20  # of a job: nodes that never come up must not be asked for without end
 _LOST_S = 60.0  # for its end where a node is gone
 _COMMAND_S = 60.0
 _WAITS = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "SUSPENDED", "RESIZING")
@@ -60,10 +61,12 @@ class Slurm:
         found = [path.name.split("_")[0] for path in (folder / "slurm").glob("[0-9]*_submission.sh")]
         if found:  # whoever submitted it was ended before it could write that down
             return {"job_id": found[0]}
+        if number := _slurm("squeue", "--noheader", "--name", job.id, "--format", "%i"):
+            return {"job_id": number}
         executor = submitit.SlurmExecutor(folder=folder / "slurm", max_num_timeout=_NO_LIMIT)
         executor.update_parameters(**_parameters(self._settings, job))
         try:
-            submitted = executor.submit(Start(job, folder, self._settings))
+            submitted = executor.submit(Start(job, folder, self._settings, environment_to_pass(os.environ)))
         except submitit.core.utils.FailedJobError as error:
             raise ValueError(f"SLURM does not take the job: {_words(str(error))}") from None
         return {"job_id": submitted.job_id}
@@ -167,9 +170,9 @@ def _words(text: str) -> str:
 class Start:
     """What each node's task does: called once a start. Stateless, for SLURM runs the same pickle again."""
 
-    def __init__(self, job: Job, folder: Path, settings: SlurmSettings) -> None:
-        self._job, self._folder, self._settings = job, folder, settings
-        self._environment = environment_to_pass(os.environ)
+    def __init__(self, job: Job, folder: Path, settings: SlurmSettings, environment: dict[str, str]) -> None:
+        """``environment``: of the machine that it was launched from."""
+        self._job, self._folder, self._settings, self._environment = job, folder, settings, environment
         self._driver: subprocess.Popen[bytes] | None = None
         self._ray: RayOnNodes | None = None
 
@@ -187,7 +190,11 @@ class Start:
             said = str(error)
             self._print(f"error: {said}")
         if code != 0 and said and ray.is_lost and not (self._folder / "stop").exists():
-            self._queue_again(said)
+            starts = sum(1 for _ in self._folder.glob(f"ray-*/{_LOST}")) + 1
+            ray.mark(_LOST)
+            if starts < _MOST_LOST_STARTS:
+                self._queue_again(said)
+            said = f"{starts} starts of this job have lost nodes: it is not queued again ({said})"
         written = self._folder / "ended.new"
         written.write_text(json.dumps({"code": code, "said": said}))
         written.replace(self._folder / "ended.json")
@@ -245,13 +252,16 @@ class Start:
         if driver is not None and driver.poll() is None:
             self._print(f"SLURM takes the nodes away in {self._settings.warning_s} s: a checkpoint, then the queue")
             driver.send_signal(signal.SIGTERM)
-            with suppress(subprocess.TimeoutExpired):
-                driver.wait(self._settings.warning_s - _LEAVE_MARGIN_S)
+            until_s = time.monotonic() + self._settings.warning_s - _LEAVE_MARGIN_S
+            while driver.poll() is None and time.monotonic() < until_s:
+                if self._ray is not None:
+                    self._ray.beat()  # this is the signal's handler: the loop of _drive stands still
+                time.sleep(_POLL_S)
         if self._ray is not None:
             self._ray.end()
         if (self._folder / "stop").exists():
             return None  # it is not queued again
-        return submitit.helpers.DelayedSubmission(Start(self._job, self._folder, self._settings))
+        return submitit.helpers.DelayedSubmission(Start(self._job, self._folder, self._settings, self._environment))
 
     def _queue_again(self, why: str) -> None:
         """A start that lost a node has failed through no fault of the job's."""

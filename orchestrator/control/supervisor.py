@@ -114,12 +114,21 @@ def score_in_process_group(config: TrainConfig, listen: Listener) -> None:
 def _on_ray(config: TrainConfig, listen: Listener, *, trains: bool) -> Outcome | None:
     with asked_to_leave() as leaves:
         data, run = check(config, trains=trains), run_storage(config)
+        _leave(config, leaves)
         with ray_session(config.placement.ray_address) as cluster:
             placement = place(config, cluster)
+            _leave(config, leaves)
             with _begin(config, data, run, listen, trains=trains) as owner:
                 event = {"kind": "placed", "workers": placement.num_workers, "gpu": placement.use_gpu}
                 listen(event | {"attempt": owner.number})
                 return _fit(config, data, placement, run, owner, listen, leaves, trains=trains)
+
+
+def _leave(config: TrainConfig, leaves: threading.Event) -> None:
+    if leaves.is_set():
+        raise PreemptedError(
+            f"run {config.name!r} left its place before anything was trained: the same command goes on"
+        )
 
 
 @contextmanager

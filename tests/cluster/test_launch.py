@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,7 +60,8 @@ def wait_for_state(launches: Path, state: State) -> launch.Status:
 def test_a_job_runs_once_is_stopped_and_goes_on(script: Path, tmp_path: Path) -> None:
     launches = tmp_path / "launches"
     job, is_new = submit(launches, str(script), "end")
-    assert (is_new, job.number, job.id) == (True, 1, "six-000001")
+    assert (is_new, job.number) == (True, 1)
+    assert re.fullmatch("six-000001-[0-9a-f]{6}", job.id)
     folder = launch.folder_of(launches, job)
     assert submit(launches, str(script), "end") == (job, False)
     with pytest.raises(ValueError, match="job 'six' is at work on local with another command"):
@@ -103,6 +106,45 @@ def test_an_interrupted_submission_is_finished_by_the_same_command(script: Path,
     record.write_text("{")
     with pytest.raises(ValueError, match="is no record of a job"):
         launch.find(launches, "six")
+
+
+def test_a_job_whose_keeper_is_killed_is_seen_and_stopped(script: Path, tmp_path: Path) -> None:
+    launches = tmp_path / "launches"
+    job, _ = submit(launches, str(script), "end")
+    folder = launch.folder_of(launches, job)
+    wait_for(lambda: "begun" in Local().log(job, folder), "it does not begin")
+    os.kill(int(job.handle["pid"]), signal.SIGKILL)
+    wait_for(lambda: "whose keeper was killed" in wait_for_state(launches, State.RUNNING).said, "it is not seen")
+    assert submit(launches, str(script), "end") == (job, False)
+    Local().stop(job, folder)
+    wait_for_state(launches, State.LOST)
+    assert "a checkpoint" in Local().log(job, folder)
+
+
+def test_after_a_reboot_a_job_is_lost(script: Path, tmp_path: Path) -> None:
+    (tmp_path / "end").write_text("0")
+    job, _ = submit(tmp_path / "launches", str(script), "end")
+    wait_for_state(tmp_path / "launches", State.FINISHED)
+    folder = launch.folder_of(tmp_path / "launches", job)
+    (folder / "ended.json").unlink()
+    before = replace(job, handle=job.handle | {"boot": "another"})
+    assert Local().status(before, folder).state is State.LOST
+
+
+def test_what_is_refused_is_not_in_the_way(script: Path, tmp_path: Path) -> None:
+    launches = tmp_path / "launches"
+
+    class Refusing(Local):
+        def submit(self, job: Job, folder: Path) -> dict[str, str]:
+            raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        launch.submit(lambda where: Refusing(), launches, "six", Where.SLURM, ["job.py"])
+    assert launch.find(launches, "six") is None
+    job, is_new = submit(launches, str(script), "end")
+    assert (is_new, job.number) == (True, 1)
+    Local().stop(job, launch.folder_of(launches, job))
+    wait_for_state(launches, State.STOPPED)
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "..", "a b"])

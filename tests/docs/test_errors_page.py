@@ -69,6 +69,7 @@ NOT_MET = {
     "data_prep/fan_out.py: ValueError …": "the message of a task",
     "orchestrator/config.py: ValueError …": "what _check has gathered",
     "cluster/allocation.py: AllocationError …": "the texts that _wait and lost are given, which stand on the page",
+    "cluster/allocation.py: the first node is gone": "told to the first node, which is gone",
     "cluster/allocation.py: Ray has ended": "told as 'node … (…): Ray has ended'",
     "cluster/raylets.py: the local Ray cluster does not": "a cluster of tests and rehearsals: told with the rehearsal",
     "orchestrator/campaign/opening.py: member …: …": "the message of a check, with the member's name",
