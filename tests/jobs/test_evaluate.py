@@ -10,6 +10,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,6 +52,7 @@ class _Trapped(nn.Module):
                 except FileNotFoundError:  # another worker was first
                     return self.net(images)
                 os.kill(int(pid) or os.getpid(), int(number))
+                time.sleep(12)  # what the driver then wishes comes with a sign of life, once a second
         return self.net(images)
 
 
