@@ -56,6 +56,10 @@ def run(argv: Sequence[str], script: str, name_of: Callable[[list[str]], str]) -
     ValueError and OSError as the launchers.
     """
     options, rest = _split(argv)
+    if any(word.startswith("--dry-run-on") for word in rest):
+        raise ValueError(
+            "--dry-run-on launches nothing: leave out --on, or give --dry-run for what would be handed over"
+        )
     is_dry = "--dry-run" in rest
     name = options.launch_name or name_of([word for word in rest if word != "--dry-run"])
     where, launches = options.on, Path(options.launches)

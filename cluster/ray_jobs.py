@@ -86,11 +86,13 @@ class RayJobs:
 
     @contextmanager
     def _answers(self, job: Job) -> Iterator[None]:
-        """Ray's client raises RuntimeError for whatever the head answers."""
+        """Ray's client raises RuntimeError for whatever the head answers, but for one that it does not let in."""
+        from ray.exceptions import AuthenticationError
+
         address = job.handle["address"]
         try:
             yield
-        except RuntimeError as error:
+        except (RuntimeError, AuthenticationError) as error:
             if "does not exist" in str(error):
                 raise ValueError(
                     f"the Ray cluster at {address} does not know job {job.id}: its head was started again; the same "
@@ -99,11 +101,17 @@ class RayJobs:
             raise OSError(f"the Ray cluster at {address} does not answer: {_last_line(error)}") from None
 
     def _client(self, address: str) -> JobSubmissionClient:
+        from ray.exceptions import AuthenticationError
         from ray.job_submission import JobSubmissionClient
 
         if address not in self._clients:
             try:
                 self._clients[address] = JobSubmissionClient(address)
+            except AuthenticationError as error:
+                raise ValueError(
+                    f"the Ray cluster at {address} asks for its token ({_first_line(str(error))}): set "
+                    "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"
+                ) from None
             except (ConnectionError, RuntimeError) as error:
                 raise ValueError(
                     f"no Ray cluster takes jobs at {address} ({_last_line(error)}): give --ray.dashboard, and where it "

@@ -126,6 +126,8 @@ class _Options:
     """a field of every member's run, as schedule.max_steps=100, or of one, as r34:schedule.lr=0.05; may be repeated"""
     dry_run: bool = False
     """train nothing: tell members, workers, and what is done"""
+    dry_run_on: tuple[str, ...] = ()
+    """the same on machines that need not be there, as NODESxCPUSxGPUS: 8x64x8"""
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,7 @@ class Command:
     campaign: Campaign
     recipe: Campaign
     dry_run: bool
+    dry_run_on: tuple[str, ...] = ()
 
 
 def parse(argv: Sequence[str]) -> Command:
@@ -163,10 +166,11 @@ def parse(argv: Sequence[str]) -> Command:
         description=_description(),
         config=(tyro.conf.EnumChoicesFromValues, tyro.conf.FlagCreatePairsOff),
     )
+    is_dry = typed.dry_run or bool(typed.dry_run_on)
     members = tuple(
         Member(m.name, changed(m.config, _changes_of(m.name, recipe, typed.change))) for m in recipe.members
     )
-    return Command(Campaign(members, typed.config), replace(recipe, config=typed.config), typed.dry_run)
+    return Command(Campaign(members, typed.config), replace(recipe, config=typed.config), is_dry, typed.dry_run_on)
 
 
 def _description() -> str:
@@ -226,7 +230,7 @@ def run(command: Command) -> int:
     campaign = opening.resolve(command.campaign)
     opened = opening.check(campaign)
     if command.dry_run:
-        return _dry_run(opened, console)
+        return _dry_run(opened, command.dry_run_on, console)
     recipes = replace(command.recipe, config=campaign.config).run_configs()
     tracker: CampaignTracker | None = None
 
@@ -284,13 +288,14 @@ def _open_tracker(opened: Opened, console: Console) -> CampaignTracker:
     )
 
 
-def _dry_run(opened: Opened, console: Console) -> int:
+def _dry_run(opened: Opened, described: Sequence[str], console: Console) -> int:
     """Members, workers on this machine or the cluster, and what comes next."""
-    from orchestrator.control.dry_run import machines_of
+    from orchestrator.control import dry_run
 
     plan, campaign = opened.plan, opened.plan.campaign
     console.print(Text(f"DRY RUN of {campaign.config.name}: nothing is trained, taken or kept", "bold"))
-    machines = machines_of(next(iter(campaign.run_configs().values())))
+    config = next(iter(campaign.run_configs().values()))
+    machines = dry_run.described(described) if described else dry_run.machines_of(config)
     journal = Journal(opened.folder).entries
     account = account_of([member.name for member in campaign.members], journal)
     packing = account.packing if account.asked == campaign.asked else None

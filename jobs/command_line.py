@@ -51,6 +51,7 @@ class Command:
     recipe: TrainConfig | None
     dry_run: bool
     trains: bool = True
+    dry_run_on: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ class _Options:
     config: Annotated[TrainConfig, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
     dry_run: bool = False
     """train nothing: tell what a start would do, and check all that it needs"""
+    dry_run_on: tuple[str, ...] = ()
+    """the same on machines that need not be there, as NODESxCPUSxGPUS: 8x64x8"""
 
 
 def main(recipes: Mapping[str, Recipe], *, default: str) -> int:
@@ -90,7 +93,7 @@ def parse(argv: Sequence[str], recipes: Mapping[str, Recipe], *, default: str, p
         description=_description(recipes, default, program),
         config=(tyro.conf.EnumChoicesFromValues, tyro.conf.FlagCreatePairsOff),
     )
-    return Command(typed.config, base, typed.dry_run)
+    return Command(typed.config, base, typed.dry_run or bool(typed.dry_run_on), dry_run_on=typed.dry_run_on)
 
 
 def chosen(argv: Sequence[str], recipes: Collection[str], default: str) -> tuple[str, list[str]]:
@@ -184,8 +187,10 @@ def _dry_run(command: Command, console: Console) -> int:
     from orchestrator.control import dry_run, page
 
     uri = default_uri(command.config.tracking.uri or None, Path.cwd())
-    plan = dry_run.plan(command.config, dry_run.machines_of(command.config), uri, trains=command.trains)
-    page.show(console, plan, command.recipe or command.config)
+    config = command.config
+    machines = dry_run.described(command.dry_run_on) if command.dry_run_on else dry_run.machines_of(config)
+    plan = dry_run.plan(config, machines, uri, trains=command.trains)
+    page.show(console, plan, command.recipe or config)
     return EXIT_USER_ERROR if plan.refusals else 0
 
 

@@ -252,6 +252,8 @@ class PlacementConfig:
     """CPU threads of a worker; 0: the node's CPUs shared among its GPUs, or all CPUs among the workers"""
     use_gpu: bool | None = None
     """None: where the cluster has one"""
+    autoscaling: bool = False
+    """the cluster starts machines when they are asked for: wait for them (guard.wait_for_workers_s)"""
     ray_address: str = ""
     """Ray cluster to join; empty: RAY_ADDRESS, else a local one is started"""
     prefetch_batches: int = 2
@@ -277,7 +279,7 @@ class GuardConfig:
     storage_patience_s: float = 600.0
     """seconds for which a checkpoint that cannot be stored (disk full, store away) is tried again"""
     wait_for_workers_s: float = 600.0
-    """seconds for which a run that has lost its machines waits for others"""
+    """seconds for which a run that has lost its machines, or an elastic one that has too few yet, waits for others"""
     lease_s: float = 30.0
     """seconds of silence after which another driver of the run is taken for dead"""
     take_over: bool = False

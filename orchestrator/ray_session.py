@@ -71,7 +71,7 @@ def ray_session(address: str | None = None, num_cpus: int | None = None) -> Iter
             import ray
 
             if ray.is_initialized():
-                yield _cluster()
+                yield cluster_now()
                 return
             if address:
                 _check_reachable(address)
@@ -102,7 +102,7 @@ def ray_session(address: str | None = None, num_cpus: int | None = None) -> Iter
                     "tries again"
                 ) from None
             try:
-                yield _cluster()
+                yield cluster_now()
             finally:
                 ray.shutdown()
         finally:
@@ -116,7 +116,8 @@ def _token() -> str:
     return secrets.token_hex(32)
 
 
-def _cluster() -> Cluster:
+def cluster_now() -> Cluster:
+    """What the cluster that this process is connected to has now."""
     import ray
 
     alive = [n["Resources"] for n in ray.nodes() if n["Alive"]]

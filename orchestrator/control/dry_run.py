@@ -11,7 +11,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 
@@ -37,9 +37,10 @@ from orchestrator.control.facts import (
     schedule_facts,
 )
 from orchestrator.control.mlflow_store import masked
+from orchestrator.control.placement import may_grow
 from orchestrator.data.pipeline import EvalInput, TrainInput
 from orchestrator.evaluation.results import all_tests, is_more_than_training, is_tested, missing_tests
-from orchestrator.ray_session import Cluster, Node, ray_session
+from orchestrator.ray_session import Cluster, ClusterError, Node, ray_session
 from orchestrator.storage import Storage
 from orchestrator.training.assembly import decode_settings, sample_stream
 from orchestrator.training.checkpoint import Checkpoints
@@ -76,6 +77,23 @@ def machines_of(config: TrainConfig, environment: Mapping[str, str] = os.environ
     except Exception as error:  # ValueError, and whatever Ray raises where versions or tokens do not match
         reason = str(error) if isinstance(error, ValueError) else f"{words}: {type(error).__name__}: {error}"
         return Machines(words, None, trouble=reason)
+
+
+def described(nodes: Sequence[str]) -> Machines:
+    """Machines that need not be there, each as NODESxCPUSxGPUS: ("8x64x8",). Raises ValueError."""
+    found: list[Node] = []
+    for text in nodes:
+        try:
+            number, cpus, gpus = (int(part) for part in text.split("x"))
+            if number < 1 or cpus < 1 or gpus < 0:
+                raise ValueError
+        except ValueError:
+            raise ValueError(
+                f"--dry-run-on {text!r}: describe machines as NODESxCPUSxGPUS, as 8x64x8 for 8 nodes of 64 CPUs and "
+                "8 GPUs each"
+            ) from None
+        found += [Node(cpus, gpus)] * number
+    return Machines(f"as described ({' '.join(nodes)})", Cluster(tuple(found)), is_described=True)
 
 
 def this_machine() -> Node:
@@ -204,7 +222,16 @@ class _Rehearsal:
         return Verdict.OK, f"{train_name} (train) and {val_name} (val) decoded on the CPU"
 
     def _look_at_workers(self, start: Start) -> tuple[Verdict, str]:
-        self._placement = placement_facts(self._config, self._machines)
+        try:
+            self._placement = placement_facts(self._config, self._machines)
+        except ClusterError as error:
+            if self._machines.is_described or not may_grow(self._config):
+                raise
+            wait_s = self._config.guard.wait_for_workers_s
+            return (
+                Verdict.WARNING,
+                f"a start would wait {wait_s:.0f} s for machines (guard.wait_for_workers_s): {error}",
+            )
         return Verdict.OK, f"{self._placement.placement.num_workers} can be placed"
 
     def _look_at_tracking(self, start: Start) -> tuple[Verdict, str]:

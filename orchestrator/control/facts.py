@@ -140,6 +140,7 @@ class Machines:
     trouble: str = ""
     world_size: int = 0
     local_world_size: int = 1
+    is_described: bool = False  # on the command line: they need not be there
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ Words are wrapped, never cut or broken: a path or a digest can be copied, and fo
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from typing import Any
@@ -239,10 +240,9 @@ def _batch_lines(batch: BatchFacts) -> Iterator[str]:
 def _worker_lines(machines: Machines, found: PlacementFacts | None) -> Iterator[str]:
     cluster = machines.cluster
     if cluster is not None:
-        each = [f"{_count(n.cpus, 'CPU')} and {_count(n.gpus, 'GPU')}" for n in cluster.nodes]
-        alike = len(set(each)) == 1
-        nodes = f"{_count(len(each), 'node')} with {each[0]}{' each' if len(each) > 1 else ''}"
-        yield f"{machines.words}: {nodes if alike else '; '.join(each)}"
+        each = Counter(f"{_count(n.cpus, 'CPU')} and {_count(n.gpus, 'GPU')}" for n in cluster.nodes)
+        kinds = [f"{_count(n, 'node')} with {has}{' each' if n > 1 else ''}" for has, n in each.items()]
+        yield f"{machines.words}: {'; '.join(kinds)}"
     else:
         yield f"{machines.words}: unknown"
     if machines.world_size:
@@ -252,10 +252,23 @@ def _worker_lines(machines: Machines, found: PlacementFacts | None) -> Iterator[
     p, shares = found.placement, found.shares
     kind = "GPU" if p.use_gpu else "CPU"
     yield f"{_count(p.num_workers, f'{kind} worker')} with {_count(p.cpus_per_worker, 'CPU')} each"
+    if len(p.workers_per_node) > 1:
+        yield f"packed: {'; '.join(_nodes(p.workers_per_node))}"
     if len(shares) <= _MANY_WORKERS:
         yield "; ".join(f"worker {rank}: {_share(share)}" for rank, share in enumerate(shares))
     else:
         yield f"worker 0: {_share(shares[0])}; … worker {len(shares) - 1}: {_share(shares[-1])}"
+
+
+def _nodes(workers_per_node: Iterable[int]) -> Iterator[str]:
+    """Workers of each node, alike ones together."""
+    node = rank = 0
+    for workers, alike in groupby(workers_per_node):
+        nodes = len(list(alike))
+        last = rank + nodes * workers - 1
+        ranks = f"workers {rank}-{last}" if last > rank else f"worker {rank}"
+        yield f"{ranks} on nodes {node}-{node + nodes - 1}, {workers} each" if nodes > 1 else f"{ranks} on node {node}"
+        node, rank = node + nodes, last + 1
 
 
 def _share(share: Share) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from orchestrator.config import TrainConfig
@@ -18,6 +20,7 @@ class Placement:
     use_gpu: bool
     least_workers: int
     most_workers: int
+    workers_per_node: tuple[int, ...] = ()  # of the nodes that have some, packed; () where that is another's to say
 
     @property
     def is_elastic(self) -> bool:
@@ -53,11 +56,27 @@ def place(config: TrainConfig, cluster: Cluster) -> Placement:
         cpus = max(1, min(node.cpus // node.gpus for node in cluster.nodes if node.gpus))
     elif not cpus:
         cpus = max(n for n in range(1, cluster.cpus + 1) if slots_of(cluster, use_gpu, n) >= num_workers)
-    return Placement(num_workers, cpus, use_gpu, p.min_workers or most, most)
+    per_node, left = [], num_workers
+    for slots in sorted(_slots(cluster, use_gpu, cpus), reverse=True):
+        per_node.append(min(slots, left))
+        left -= per_node[-1]
+    packed = tuple(workers for workers in per_node if workers)
+    return Placement(num_workers, cpus, use_gpu, p.min_workers or most, most, packed)
 
 
 def slots_of(cluster: Cluster, use_gpu: bool, cpus_per_worker: int) -> int:
     """Workers that fit, node by node."""
-    if use_gpu:
-        return sum(min(node.gpus, node.cpus // cpus_per_worker) for node in cluster.nodes)
-    return sum(node.cpus // cpus_per_worker for node in cluster.nodes)
+    return sum(_slots(cluster, use_gpu, cpus_per_worker))
+
+
+def _slots(cluster: Cluster, use_gpu: bool, cpus_per_worker: int) -> list[int]:
+    return [
+        min(node.gpus, node.cpus // cpus_per_worker) if use_gpu else node.cpus // cpus_per_worker
+        for node in cluster.nodes
+    ]
+
+
+def may_grow(config: TrainConfig, environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether a cluster that is too small now may be the right one soon; one that is started here never is."""
+    address = config.placement.ray_address or environment.get("RAY_ADDRESS", "")
+    return address not in ("", "local") and (config.placement.autoscaling or config.placement.min_workers > 0)

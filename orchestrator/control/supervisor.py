@@ -23,13 +23,14 @@ from orchestrator.config import TrainConfig
 from orchestrator.control import checks
 from orchestrator.control.guard import Ending, FailureClass, Refusal, classify
 from orchestrator.control.mailbox import Heart, Mailbox, failure_of
-from orchestrator.control.placement import Placement, place
+from orchestrator.control.placement import Placement
 from orchestrator.control.stuck import Place, tells_its_stacks
+from orchestrator.control.waiting import place_in_time
 from orchestrator.control.watch import Watch
 from orchestrator.data.shards import DataSet
 from orchestrator.evaluation.results import is_tested
 from orchestrator.evaluation.stages import do_job
-from orchestrator.ray_session import ray_session
+from orchestrator.ray_session import Cluster, ray_session
 from orchestrator.remote import stop_waiting, trust_stores
 from orchestrator.storage import Storage
 from orchestrator.training.failures import PreemptedError
@@ -116,12 +117,19 @@ def _on_ray(config: TrainConfig, listen: Listener, *, trains: bool) -> Outcome |
         data, run = check(config, trains=trains), run_storage(config)
         _leave(config, leaves)
         with ray_session(config.placement.ray_address) as cluster:
-            placement = place(config, cluster)
+            placement = _place(config, cluster, listen, leaves)
             _leave(config, leaves)
             with _begin(config, data, run, listen, trains=trains) as owner:
                 event = {"kind": "placed", "workers": placement.num_workers, "gpu": placement.use_gpu}
                 listen(event | {"attempt": owner.number})
                 return _fit(config, data, placement, run, owner, listen, leaves, trains=trains)
+
+
+def _place(config: TrainConfig, cluster: Cluster, listen: Listener, leaves: threading.Event) -> Placement:
+    try:
+        return place_in_time(config, cluster, lambda text: listen(notice(text)), lambda: _leave(config, leaves))
+    except TimeoutError as error:
+        raise RunFailedError(f"run {config.name!r} was not begun: {error}; the same command waits again") from None
 
 
 def _leave(config: TrainConfig, leaves: threading.Event) -> None:
@@ -236,6 +244,7 @@ def _fit(
             else placement.num_workers,
             use_gpu=placement.use_gpu,
             resources_per_worker=resources,
+            placement_strategy="PACK",  # as few nodes as can be, and ranks side by side on each
         ),
         # Hangs are the watchdog's; whoever waits for a worker that waits for storage must have more patience than it.
         torch_config=TorchConfig(timeout_s=int(max(600, 2 * limits.storage_patience_s, 6 * limits.hang_timeout_s))),

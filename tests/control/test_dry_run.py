@@ -276,7 +276,7 @@ def test_a_page_holds_everything_at_any_width(prepared: Path, tmp_path: Path) ->
     plan = replace(plan, placement=many, machines=large)
     assert page_of(plan, 30) == page_of(plan, 200)
     text = page_of(plan)
-    assert "a large one: 128 CPUs and 64 GPUs; 8 CPUs and 0 GPUs" in text
+    assert "a large one: 1 node with 128 CPUs and 64 GPUs; 1 node with 8 CPUs and 0 GPUs" in text
     assert "64 GPU workers with 2 CPUs each" in text
     assert "worker 0: images 0-3 of group 0; … worker 63: images 28-31 of group 7" in text
     assert plan.data is not None
@@ -284,6 +284,29 @@ def test_a_page_holds_everything_at_any_width(prepared: Path, tmp_path: Path) ->
     stream = io.StringIO()
     page.show(Console(file=stream, width=80, force_terminal=True, highlight=False), plan, TrainConfig())
     assert "\x1b[" in stream.getvalue()  # a terminal has colours
+
+
+def test_a_described_cluster_is_packed_node_by_node(prepared: Path, tmp_path: Path) -> None:
+    config = small_config(prepared, tmp_path / "runs", "r")
+    config = replace(config, batch=BatchConfig(2048, 32))
+    text = page_of(dry_run.plan(config, dry_run.described(["8x64x8"]), NO_TRACKING))
+    assert "as described (8x64x8): 8 nodes with 64 CPUs and 8 GPUs each" in text
+    assert "64 GPU workers with 8 CPUs each" in text
+    assert "packed: workers 0-63 on nodes 0-7, 8 each" in text
+    config = replace(config, placement=PlacementConfig(num_workers=21))
+    text = page_of(dry_run.plan(config, dry_run.described(["1x8x2", "2x96x8", "1x32x4"]), NO_TRACKING))
+    assert "packed: workers 0-15 on nodes 0-1, 8 each; workers 16-19 on node 2; worker 20 on node 3" in text
+    elastic = replace(config, placement=PlacementConfig(num_workers=21, min_workers=9, ray_address="10.0.0.1:6379"))
+    small = dry_run.plan(elastic, Machines("a small one", Cluster((Node(8, 8),))), NO_TRACKING)
+    assert verdicts(small)["workers"] == "warning"
+    assert "a start would wait 600 s for machines" in text_of(small, "workers")
+    assert verdicts(dry_run.plan(elastic, dry_run.described(["1x8x8"]), NO_TRACKING))["workers"] == "refused"
+
+
+@pytest.mark.parametrize("words", ["8", "8x64", "0x1x1", "1x0x1", "axbxc", "1x2x-1"])
+def test_a_cluster_is_described_in_three_numbers(words: str) -> None:
+    with pytest.raises(ValueError, match="describe machines as NODESxCPUSxGPUS, as 8x64x8"):
+        dry_run.described([words])
 
 
 def test_facts_are_plain_data(prepared: Path, tmp_path: Path) -> None:

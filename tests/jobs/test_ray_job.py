@@ -3,63 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
-import shutil
-import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import pytest
 
+from tests.cluster.ray_head import RAY, Head, ray_head
 from tests.training.group import small_config
 
 ROOT = Path(__file__).parents[2]
-RAY = str(Path(sys.executable).parent / "ray")
-
-
-@dataclass(frozen=True)
-class Head:
-    address: str
-    dashboard: str
-    environment: dict[str, str]
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 @pytest.fixture
 def head() -> Iterator[Head]:
-    """A Ray head of its own, ended by the pids that name its folder."""
-    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short: unix sockets lie in it
-    token = Path(folder) / "token"
-    token.touch(0o600)
-    token.write_text(secrets.token_hex(32))
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
-    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-    port, dashboard = free_port(), free_port()
-    command = [RAY, "start", "--head", f"--port={port}", "--dashboard-host=127.0.0.1", "--num-cpus=2"]
-    command += [f"--dashboard-port={dashboard}", f"--temp-dir={folder}/s", "--object-store-memory=100000000"]
-    # The agent that takes jobs has a port that all heads of a machine would share: where another has it, none comes up.
-    command += [f"--dashboard-agent-listen-port={free_port()}"]
-    try:
-        subprocess.run(command, check=True, env=environment, capture_output=True, timeout=120)
-        yield Head(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", environment)
-    finally:
-        for process in psutil.process_iter(["cmdline"]):
-            if any(folder in part for part in process.info["cmdline"] or []):
-                process.kill()
-        shutil.rmtree(folder, ignore_errors=True)
+    with ray_head() as found:
+        yield found
 
 
 @pytest.mark.ray_cluster
@@ -103,8 +64,7 @@ def test_a_submitted_job_trains(head: Head, prepared: Path, tmp_path: Path) -> N
     assert outcome["steps"] == 2
 
     # Without the token nobody gets in.
-    stranger = {k: v for k, v in head.environment.items() if not k.startswith("RAY_AUTH")}
-    stranger["HOME"] = str(tmp_path)
+    stranger = head.stranger(tmp_path)
     refused = subprocess.run(
         [RAY, "job", "list", "--address", head.dashboard], env=stranger, capture_output=True, text=True, timeout=120
     )
