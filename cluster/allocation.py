@@ -66,6 +66,7 @@ class RayOnNodes:
         self._process: subprocess.Popen[bytes] | None = None
         self.is_lost = False  # a node has lost Ray, or is gone
         self._beats, self._beat_s = 0, -math.inf
+        self._looked_s, self._silent = -math.inf, list[str]()
         self._heard: dict[str, tuple[str, float]] = {}  # of each other node: its last number, and when that was new
 
     # -- both kinds of nodes ------------------------------------------------------------------------------------
@@ -169,9 +170,10 @@ class RayOnNodes:
             return "Ray has ended on the first node"
         told = [json.loads(path.read_text()) for path in sorted(self._folder.glob("lost-*.json"))]
         found = {one["rank"]: f"node {one['rank']} ({one['host']}): {one['said']}" for one in told}
-        for rank in (path.stem.removeprefix("joined-") for path in self._folder.glob("joined-*.json")):
-            if rank not in found and self._is_silent(rank):
-                found[rank] = f"node {rank} has given no sign of life for {_SILENT_S:.0f} s"
+        if time.monotonic() - self._looked_s > _BEAT_S:  # a file of each node: not at every call
+            self._looked_s, self._silent = time.monotonic(), self.silent_nodes()
+        for rank in self._silent:
+            found.setdefault(rank, f"node {rank} has given no sign of life for {_SILENT_S:.0f} s")
         self.is_lost |= bool(found)
         return "; ".join(found.values())
 
@@ -180,6 +182,11 @@ class RayOnNodes:
         if time.monotonic() - self._beat_s > _BEAT_S:
             self._beats, self._beat_s = self._beats + 1, time.monotonic()
             (self._folder / f"alive-{self._node.rank}").write_text(str(self._beats))
+
+    def silent_nodes(self) -> list[str]:
+        """Of the nodes that have joined, those without a sign of life for a minute."""
+        joined = (path.stem.removeprefix("joined-") for path in self._folder.glob("joined-*.json"))
+        return [rank for rank in joined if self._is_silent(rank)]
 
     def _is_silent(self, rank: str) -> bool:
         """By this node's clock alone."""

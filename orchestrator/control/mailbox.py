@@ -19,7 +19,7 @@ from orchestrator.remote import is_waiting
 from orchestrator.training.notices import Event, notice
 from orchestrator.training.pulse import Phase, Pulse, Wish
 
-_MANY_BEATS_PER_S = 64.0  # that one actor takes with ease
+_MANY_BEATS_PER_S = 512.0  # that one actor takes (benchmarks/thousand_nodes.py --actor)
 _TOGETHER_S = 1.5  # between the last beats of workers that ended at once
 
 
@@ -165,6 +165,11 @@ class Mailbox:
         self._guard.leave(is_at_work=bool(g.places) and not g.failed)
 
 
+def beat_interval_s(workers: int) -> float:
+    """How often each of so many workers gives a sign of life: the watchdog's silence must be far longer."""
+    return max(1.0, workers / _MANY_BEATS_PER_S)
+
+
 # -- in a worker ----------------------------------------------------------------------------------------------------
 
 
@@ -173,7 +178,7 @@ class Heart:
 
     def __init__(self, mailbox: Any, group: str, place: Place, size: int, pulse: Pulse) -> None:
         self._mailbox, self._group, self._place, self._pulse = mailbox, group, place, pulse
-        self._interval_s = max(1.0, size / _MANY_BEATS_PER_S)
+        self._interval_s = beat_interval_s(size)
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._live, name="heart", daemon=True)
 
