@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.cluster.ray_head import RAY, Head, ray_head
@@ -99,6 +100,15 @@ def test_a_job_runs_once_is_stopped_with_a_checkpoint_and_goes_on(
     assert code != 0
     assert "token" in said.lower(), said
     assert ask("stop", environment=stranger)[0] != 0
+
+    # Nobody else on the machine, and no log, gets to see the token; nothing listens beyond loopback without it.
+    token = (head.folder / "token").read_text()
+    assert not [p for p in psutil.process_iter(["cmdline"]) if any(token in w for w in p.info["cmdline"] or [])]
+    kept = [*head.folder.glob("s/session_*/logs/**/*"), *tmp_path.rglob("*")]
+    assert not [path for path in kept if path.is_file() and token.encode() in path.read_bytes()]
+    port = int(head.dashboard.rpartition(":")[2])
+    listening = [c.laddr.ip for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.laddr.port == port]
+    assert listening == ["127.0.0.1"]
 
     packages = [path for path in head.folder.rglob("_ray_pkg_*") if path.is_dir()]
     assert len(packages) == 1, packages
