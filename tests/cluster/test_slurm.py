@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.config import TrainConfig
+from orchestrator.config import ModelConfig, ScheduleConfig, TrainConfig
+from orchestrator.control.faults import NETWORK, ORDERS_VARIABLE, Orders
 from tests.cluster.slurm_cluster import SlurmCluster, missing, wait_for
 from tests.training.group import check_equal, options, run_to_end, small_config, weights_digest
 
@@ -126,6 +127,56 @@ def test_a_node_that_dies_takes_the_start_down_and_the_next_one_goes_on(
     job.wait_for_status("finished on slurm")
     job.wait_for_log("start number 2 of this run")
     assert weights_digest(tmp_path / "runs" / "r") == weights_digest(plain)
+
+
+def test_a_time_limit_and_a_requeue_by_hand_change_nothing(
+    slurm: SlurmCluster, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(config_of(prepared, tmp_path / "runs"), model=ModelConfig(factory=NETWORK))
+    orders = Orders(str(tmp_path / "orders"))
+    orders.pace(3.0)  # seconds a step: it is not done within two minutes
+    monkeypatch.setenv(ORDERS_VARIABLE, orders.url)
+    job = Launched(slurm, config, tmp_path, "--slurm.time-min", "2")
+    job.wait_for_log("SLURM takes the nodes away in 60 s: a checkpoint, then the queue")
+    job.wait_for_log("left: run 'r' left its place at step")
+    job.begin_now()
+    job.wait_for_log("going on from the checkpoint of step")
+    assert job.slurm.run("scontrol", "requeue", job.job_id) == ""
+    job.begin_now()
+    job.wait_for_log("going on from the checkpoint of step", times=2)
+    orders.pace(0.0)
+    job.wait_for_status("finished on slurm")
+    job.wait_for_log("start number 3 of this run")
+    monkeypatch.delenv(ORDERS_VARIABLE)
+    check_equal(tmp_path / "runs" / "r", run_to_end(replace(config, storage=str(tmp_path / "plain")), 2))
+
+
+def test_two_jobs_share_a_node_and_the_status_of_each_is_told(
+    slurm: SlurmCluster, prepared: Path, tmp_path: Path
+) -> None:
+    config = replace(config_of(prepared, tmp_path / "runs"), schedule=ScheduleConfig(max_steps=200, lr=0.003))
+    one = ("--slurm.nodes", "1", "--slurm.cpus-per-node", "2", "--slurm.extra", "nodelist=n1")
+    first = Launched(slurm, config, tmp_path / "first", *one)
+    config = replace(config, storage=str(tmp_path / "others"), schedule=ScheduleConfig(max_steps=6, lr=0.003))
+    second = Launched(slurm, config, tmp_path / "second", *one)
+    third = Launched(slurm, config, tmp_path / "third", *one, "--slurm.cpus-per-node", "4")
+    assert "r: waiting on slurm (Resources)" in third.ask("status") or "(Priority)" in third.ask("status")
+    third.ask("stop")
+    third.wait_for_status("r: stopped on slurm")
+    for job in (first, second):
+        job.wait_for_log("r  step 1/")
+    assert "r: running on slurm (on n1)" in first.ask("status")
+    second.wait_for_status("finished on slurm")
+    # The end of the second has left the first alone.
+    assert "r: running on slurm (on n1)" in first.ask("status")
+    log = first.ask("log")
+    first.ask("stop")
+    first.wait_for_status("stopped on slurm")
+    assert "left: run 'r' left its place at step" in first.ask("log"), log
+    # Another config under the name of a run that is begun: the job itself fails, and says so.
+    config = replace(config, storage=str(tmp_path / "runs"), seed=7)
+    fourth = Launched(slurm, config, tmp_path / "fourth", *one)
+    fourth.wait_for_status("r: failed on slurm (exit code 2")
 
 
 def test_cancelled_by_hand_it_says_so(slurm: SlurmCluster, prepared: Path, tmp_path: Path) -> None:
