@@ -193,8 +193,9 @@ class Start:
             starts = sum(1 for _ in self._folder.glob(f"ray-*/{_LOST}")) + 1
             ray.mark(_LOST)
             if starts < _MOST_LOST_STARTS:
-                self._queue_again(said)
-            said = f"{starts} starts of this job have lost nodes: it is not queued again ({said})"
+                said = f"it could not be queued again ({self._queue_again(said)}) after this: {said}"
+            else:
+                said = f"{starts} starts of this job have lost nodes: it is not queued again ({said})"
         written = self._folder / "ended.new"
         written.write_text(json.dumps({"code": code, "said": said}))
         written.replace(self._folder / "ended.json")
@@ -263,13 +264,16 @@ class Start:
             return None  # it is not queued again
         return submitit.helpers.DelayedSubmission(Start(self._job, self._folder, self._settings, self._environment))
 
-    def _queue_again(self, why: str) -> None:
-        """A start that lost a node has failed through no fault of the job's."""
+    def _queue_again(self, why: str) -> str:
+        """A start that lost a node has failed through no fault of the job's. What has hindered it, if it returns."""
         number = submitit.JobEnvironment().raw_job_id
         self._print(f"{why}: the job is queued again")
-        with suppress(OSError):
+        try:
             _slurm("scontrol", "requeue", number)
-            time.sleep(_COMMAND_S)  # SLURM ends this task
+        except (OSError, ValueError) as error:
+            return str(error)
+        time.sleep(_COMMAND_S)  # SLURM ends this task
+        return f"SLURM has not ended this start within {_COMMAND_S:.0f} s"
 
     def _print(self, text: str) -> None:
         with (self._folder / "log.txt").open("a") as log:

@@ -217,8 +217,10 @@ def _fit(
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    from orchestrator.control.interface import TorchOnNodes
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     limits = config.guard
@@ -247,7 +249,7 @@ def _fit(
             placement_strategy="PACK",  # as few nodes as can be, and ranks side by side on each
         ),
         # Hangs are the watchdog's; whoever waits for a worker that waits for storage must have more patience than it.
-        torch_config=TorchConfig(timeout_s=int(max(600, 2 * limits.storage_patience_s, 6 * limits.hang_timeout_s))),
+        torch_config=TorchOnNodes(timeout_s=int(max(600, 2 * limits.storage_patience_s, 6 * limits.hang_timeout_s))),
         run_config=RunConfig(
             name=f"{owner.number:06d}",
             **_ray_storage(run.sub("ray")),

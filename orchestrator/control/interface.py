@@ -1,0 +1,51 @@
+"""The network over which workers add up their gradients: that on which their nodes reach each other in Ray.
+
+Left alone, gloo takes the interface that the host's name leads to, which is loopback on many machines: workers of two
+hosts then wait for each other in vain.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+from ray.train.torch import TorchConfig
+from ray.train.torch.config import _TorchBackend
+
+_VARIABLES = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
+
+
+def interface_of(address: str) -> str:
+    """The interface of this machine that has this IP address; "" for loopback and for another machine's."""
+    for name, addresses in psutil.net_if_addrs().items():
+        kinds = (socket.AF_INET, socket.AF_INET6)
+        if any(each.address.partition("%")[0] == address and each.family in kinds for each in addresses):
+            return "" if address.startswith("127.") or address == "::1" else name
+    return ""
+
+
+def choose_interface() -> None:
+    """In a worker, before its process group is made. What somebody has set (at ``ray start``) stays."""
+    import ray
+
+    name = interface_of(ray.util.get_node_ip_address())
+    for variable in _VARIABLES if name else ():
+        os.environ.setdefault(variable, name)
+
+
+class _Backend(_TorchBackend):
+    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        worker_group.execute(choose_interface)
+        super().on_start(worker_group, backend_config)
+
+
+@dataclass
+class TorchOnNodes(TorchConfig):
+    """Ray Train's process group, over the network of the nodes."""
+
+    @property
+    def backend_cls(self) -> type[_TorchBackend]:
+        return _Backend
