@@ -48,8 +48,8 @@ class Offer:
 def versions(here: Mapping[str, str], there: Mapping[str, str], where: str) -> Finding:
     """The driver's versions against a node's."""
     told = ", ".join(f"{name} {version}" for name, version in there.items())
-    wrong = [f"{name} {there.get(name, 'none')}, here {here.get(name, 'none')}" for name in here | there]
-    wrong = [text for text, name in zip(wrong, here | there, strict=True) if here.get(name) != there.get(name)]
+    names = [name for name in {**here, **there} if here.get(name) != there.get(name)]
+    wrong = [f"{name} {there.get(name, 'none')}, here {here.get(name, 'none')}" for name in names]
     if wrong:
         advice = (
             "install the same versions (constraints.txt) and the same checkout on every node, and restart Ray there"
