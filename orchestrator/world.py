@@ -103,6 +103,25 @@ class World:
         dist.init_process_group("nccl" if use_gpu else "gloo", timeout=datetime.timedelta(seconds=timeout_s))
         return World.from_process_group(device)
 
+    @staticmethod
+    def from_address(
+        host: str, port: int, rank: int, size: int, device: torch.device | str = "cpu", timeout_s: float = 600.0
+    ) -> "World":
+        """Join the process group whose rank 0 listens at host:port. Raises RuntimeError where, within ``timeout_s``,
+        the others are not met.
+        """
+        device = torch.device(device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            init_method=f"tcp://{host}:{port}",
+            rank=rank,
+            world_size=size,
+            timeout=datetime.timedelta(seconds=timeout_s),
+        )
+        return World.from_process_group(device)
+
     def leave(self) -> None:
         """End the process group, if there is one."""
         if dist.is_available() and dist.is_initialized():

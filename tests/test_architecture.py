@@ -52,7 +52,7 @@ DOORS = {
         "data_prep.fan_out",
     ),
     "submitit": ("cluster.slurm",),
-    "tyro": ("jobs", "data_prep", "cluster.command_line"),
+    "tyro": ("jobs", "data_prep", "cluster.command_line", "cluster.doctor"),
     "pickle": (),
 }
 
