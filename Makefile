@@ -41,8 +41,9 @@ test-faults: setup
 		tests/control/test_elastic.py tests/jobs/test_rehearse.py tests/jobs/test_campaign.py --timeout 1800
 
 test-cluster: setup
-	@echo "== a real SLURM of two nodes on this machine (Debian packages slurm-wlm and munge)"
+	@echo "== a real SLURM of two nodes, two hosts in network namespaces, Ray heads (Debian packages slurm-wlm munge iproute2; root)"
 	command -v slurmctld >/dev/null || PATH=$$PATH:/usr/sbin command -v slurmctld >/dev/null || apt-get install --yes slurm-wlm munge
+	command -v ip >/dev/null || apt-get install --yes iproute2
 	TEST_CLUSTER=1 $(PYTHON) -m pytest tests/cluster --timeout 1200
 
 lint: setup

@@ -75,7 +75,6 @@ class _Examination:
             where = f"{address} ({node_id[:6]})" if address in several else address
             resources = each["Resources"]
             self._offers[node_id] = Offer(where, address, int(resources.get("CPU", 0)), int(resources.get("GPU", 0)))
-        self._is_alone = len({offer.address for offer in self._offers.values()}) == 1
         self._facts: dict[str, node.Facts] = {}
 
     def findings(self) -> Iterator[Finding]:
@@ -119,7 +118,7 @@ class _Examination:
             self._facts[node_id] = found
             yield judgement.versions(here, found.versions, offer.where)
             yield judgement.machine(found, offer)
-            yield judgement.network(found, offer, is_alone=self._is_alone)
+            yield judgement.network(found, offer)
             if not is_open:
                 yield judgement.token(found, offer.where, is_open=False)
         if is_open:
@@ -190,7 +189,8 @@ class _Examination:
         host = self._offers[places[0]].address
         (port,) = self._ask({places[0]: ()}, node.free_port).values()
         if isinstance(port, Trouble):
-            raise OSError(port.text)
+            yield Finding("all-reduce", self._offers[places[0]].where, Outcome.FAILS, port.text, "`ray status`")
+            return
         # The process group gives up first: it says more.
         timeout_s = max(1.0, self._request.timeout_s / 2)
         calls = [(each, (host, port, rank, size, use_gpu, timeout_s)) for rank, each in enumerate(places)]

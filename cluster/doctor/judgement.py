@@ -104,13 +104,11 @@ def dashboard(url: str, addresses: Sequence[str]) -> Finding:
     return Finding("dashboard", "", Outcome.WARNING, measured, advice)
 
 
-def network(facts: Facts, offer: Offer, *, is_alone: bool) -> Finding:
-    """Over which interface workers meet. ``is_alone``: all nodes are on this machine."""
+def network(facts: Facts, offer: Offer) -> Finding:
+    """Over which interface workers meet: that of Ray's address, where nothing else is set."""
     of_ray = next((name for name, found in facts.interfaces.items() if offer.address in found), "")
-    by_default = next((name for name, found in facts.interfaces.items() if facts.own_address in found), "")
     gloo, nccl = facts.gloo_interface, facts.nccl_interface
-    default = f"{by_default or 'none'} (the host's name is {facts.own_address or 'unknown'})"
-    measured = f"Ray on {of_ray or 'none'} ({offer.address}), gloo on {gloo or default}, NCCL on {nccl or 'its choice'}"
+    measured = f"Ray on {of_ray or 'none'} ({offer.address}), gloo on {gloo or of_ray}, NCCL on {nccl or of_ray}"
     for variable, value in (("GLOO_SOCKET_IFNAME", gloo), ("NCCL_SOCKET_IFNAME", nccl)):
         names = [name for name in facts.interfaces if selects(value, name, is_prefix=variable.startswith("NCCL"))]
         if value and not names:
@@ -123,11 +121,6 @@ def network(facts: Facts, offer: Offer, *, is_alone: bool) -> Finding:
                 f"{variable} is not the interface of Ray's address: is it meant? the all-reduce tells whether it works"
             )
             return Finding("network", offer.where, Outcome.WARNING, measured, advice)
-    if not gloo and not is_alone and (not facts.own_address or _is_loopback(facts.own_address)):
-        advice = (
-            f"no other node reaches gloo there: GLOO_SOCKET_IFNAME={of_ray or 'NAME'} before ray start, or /etc/hosts"
-        )
-        return Finding("network", offer.where, Outcome.WARNING, measured, advice)
     return Finding("network", offer.where, Outcome.OK, measured)
 
 

@@ -42,7 +42,6 @@ class Facts:
     interfaces: dict[str, tuple[str, ...]]  # IP addresses by name
     gloo_interface: str  # GLOO_SOCKET_IFNAME, "" where it is not set
     nccl_interface: str  # NCCL_SOCKET_IFNAME
-    own_address: str  # what the host's name resolves to: where gloo listens by default; "" for nothing
     token_file: str  # "" where the token does not come from a file
     token_mode: int  # its permissions; 0: it cannot be looked at
 
@@ -76,7 +75,6 @@ def facts() -> Facts:
         interfaces=addresses,
         gloo_interface=os.environ.get("GLOO_SOCKET_IFNAME", ""),
         nccl_interface=os.environ.get("NCCL_SOCKET_IFNAME", ""),
-        own_address=_own_address(),
         token_file=token_file,
         token_mode=token_mode,
     )
@@ -185,8 +183,10 @@ def all_reduce(
     """
     import torch
 
+    from orchestrator.control.interface import choose_interface
     from orchestrator.world import World
 
+    choose_interface()  # as a worker of a run does
     device = torch.device("cuda", 0) if use_gpu else torch.device("cpu")
     world = World.from_address(host, port, rank, size, device, timeout_s)
     try:
@@ -234,7 +234,7 @@ def write_storage(url: str, folder: str, me: str) -> StorageProbe:
     storage = Storage(url)
     here = storage.local_path(folder)
     if here is not None and not here.parent.is_dir():
-        raise ValueError(f"there is no folder {storage.url} on this machine")
+        raise ValueError(f"this machine has no folder {storage.url}")
     storage.check_writable()
     storage.create(f"{folder}/{me}", me.encode())
     if storage.creates_exclusively and storage.create(f"{folder}/{me}", b"a second time"):
@@ -294,13 +294,6 @@ def read_data(url: str) -> DataProbe:
     found = storage.read_range(shard.name, 0, min(_RANGE_BYTES, shard.nbytes))
     time_s = time.monotonic() - start_s
     if found[257:262] != b"ustar":
-        raise ValueError(f"{storage.url}/{shard.name} is no shard: prepare the data set again")
+        raise ValueError(f"{storage.url}/{shard.name} does not begin as a tar file: copy or prepare the data set again")
     counts = {name: split.count for name, split in data.manifest.splits.items()}
     return DataProbe(data.digest, counts, len(found), time_s)
-
-
-def _own_address() -> str:
-    try:
-        return socket.gethostbyname(socket.gethostname())
-    except OSError:
-        return ""

@@ -8,12 +8,8 @@ from __future__ import annotations
 
 import os
 import socket
-from dataclasses import dataclass
-from typing import Any
 
 import psutil
-from ray.train.torch import TorchConfig
-from ray.train.torch.config import _TorchBackend
 
 _VARIABLES = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
 
@@ -34,18 +30,3 @@ def choose_interface() -> None:
     name = interface_of(ray.util.get_node_ip_address())
     for variable in _VARIABLES if name else ():
         os.environ.setdefault(variable, name)
-
-
-class _Backend(_TorchBackend):
-    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
-        worker_group.execute(choose_interface)
-        super().on_start(worker_group, backend_config)
-
-
-@dataclass
-class TorchOnNodes(TorchConfig):
-    """Ray Train's process group, over the network of the nodes."""
-
-    @property
-    def backend_cls(self) -> type[_TorchBackend]:
-        return _Backend

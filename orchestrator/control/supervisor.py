@@ -220,7 +220,7 @@ def _fit(
     from ray.train.torch import TorchTrainer
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    from orchestrator.control.interface import TorchOnNodes
+    from orchestrator.control.process_group import TorchOnNodes
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     limits = config.guard

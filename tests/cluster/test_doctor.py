@@ -111,7 +111,7 @@ def test_what_fails_is_told_and_the_rest_is_looked_at(cluster: LocalCluster, pre
 
     fails = [(f.check, f.where == "this machine") for f in missing if f.outcome is Outcome.FAILS]
     assert fails == [("storage", True), *[("storage", False)] * 2, ("mlflow", False), *[("data", False)] * 2]
-    assert f"there is no folder {tmp_path}/missing" in of(missing, "storage")[0].measured
+    assert f"this machine has no folder {tmp_path}/missing" in of(missing, "storage")[0].measured
     assert "no prepared data set" in of(missing, "data")[0].measured
     assert "the folder /no does not exist" in of(missing, "mlflow")[0].measured
     assert not (tmp_path / "missing").exists()
@@ -175,7 +175,6 @@ FACTS = node.Facts(
     interfaces={"lo": ("127.0.0.1",), "eth0": ("192.168.0.1",), "ib0": ("10.0.0.1",)},
     gloo_interface="",
     nccl_interface="",
-    own_address="10.0.0.1",
     token_file="/home/u/.ray/token",
     token_mode=0o600,
 )
@@ -215,9 +214,7 @@ def test_a_machine(fields: dict[str, Any], advice: str) -> None:
     ("fields", "outcome", "advice"),
     [
         ({}, Outcome.OK, ""),
-        ({"own_address": "127.0.0.1"}, Outcome.WARNING, "GLOO_SOCKET_IFNAME=ib0"),
-        ({"own_address": ""}, Outcome.WARNING, "GLOO_SOCKET_IFNAME=ib0"),
-        ({"own_address": "127.0.0.1", "gloo_interface": "ib0"}, Outcome.OK, ""),
+        ({"gloo_interface": "ib0"}, Outcome.OK, ""),
         ({"gloo_interface": "eth1"}, Outcome.FAILS, "none of lo, eth0, ib0"),
         ({"gloo_interface": "eth0"}, Outcome.WARNING, "is it meant"),
         ({"nccl_interface": "ib"}, Outcome.OK, ""),
@@ -226,7 +223,7 @@ def test_a_machine(fields: dict[str, Any], advice: str) -> None:
     ],
 )
 def test_a_network(fields: dict[str, Any], outcome: Outcome, advice: str) -> None:
-    found = judgement.network(changed(**fields), OFFER, is_alone=False)
+    found = judgement.network(changed(**fields), OFFER)
     assert found.outcome is outcome
     assert advice in found.advice
 
