@@ -28,6 +28,8 @@ _SAVE_EVERY_S, _MAX_SAVES = 10.0, 20
 _ENDING_S = 30.0
 _MAILBOX_S = 60.0  # without an answer of the mailbox, after which it is taken for lost
 _KILL_TIMEOUT_S = 30.0
+_ABORT_S = 15.0
+_LEFT_BEHIND_S = 20.0  # Ray itself ends workers in a few seconds; a sign of life may come every 16 (mailbox.py)
 
 
 class Watch:
@@ -58,6 +60,8 @@ class Watch:
         self._has_left = False
         self._num_received = self._num_saves = 0
         self._group = ""
+        self._broken_group, self._broken_s, self._ended = "", 0.0, set[int]()  # one that has lost a machine
+        self._interrupted_s = 0.0
         self.gave_up = False  # fit was interrupted from here
         self.refusal: Refusal | None = None
 
@@ -130,6 +134,7 @@ class Watch:
             if post.beats and time.monotonic() - self._nodes_looked_at_s > _NODES_POLL_S:
                 self._nodes_looked_at_s = time.monotonic()
                 self._look_for_drains(post)
+                self._look_for_left_behind(post)
                 self._look_for_room(post)
 
     def _look_for_workers(self, post: Post) -> None:
@@ -176,6 +181,26 @@ class Watch:
             self._listen(notice(f"node {node[:8]} ({ours[node]}) is going away: a checkpoint now, then on elsewhere"))
         self._draining |= ours.keys()
 
+    def _look_for_left_behind(self, post: Post) -> None:
+        """Ray drops a group one of whose machines it takes for dead, but where the network is cut it may leave the
+        processes of the others at work: stuck in a reduction, on a CPU or GPU that the next group needs.
+        """
+        import ray
+
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        lost = {place.node: place.host for place in post.places.values() if place.node not in alive}
+        if not lost:
+            return
+        if post.group != self._broken_group:
+            self._broken_group, self._broken_s, self._ended = post.group, post.now_s, set()
+            machines = ", ".join(f"{node[:8]} ({host})" for node, host in list(lost.items())[:8])
+            self._listen(notice(f"node {machines} is lost to Ray: the workers start again once there are enough nodes"))
+        for beat in post.beats:
+            place = post.places[beat.rank]
+            if beat.heard_s > self._broken_s + _LEFT_BEHIND_S and place.node in alive and place.pid not in self._ended:
+                self._ended.add(place.pid)
+                threading.Thread(target=end_on, args=(place, _KILL_TIMEOUT_S), name="end-left", daemon=True).start()
+
     def _look_for_room(self, post: Post) -> None:
         """Ray enlarges an elastic group at its own time and without a word: a checkpoint is not to be old then."""
         p = self._placement
@@ -195,9 +220,10 @@ class Watch:
     def _stop_run(self, refusal: Refusal) -> None:
         """Make ``fit`` return: Ray would start the workers again, only for them to hear that it is no use."""
         with self._lock:
-            if not self._is_fitting or self.gave_up:
+            if not self._is_fitting or (self.gave_up and time.monotonic() - self._interrupted_s < _ABORT_S):
                 return
-            self.gave_up, self.refusal = True, refusal
+            # Ray's controller does not hear of it while it waits for machines: it takes a third time for an order.
+            self.gave_up, self.refusal, self._interrupted_s = True, self.refusal or refusal, time.monotonic()
             _thread.interrupt_main(signal.SIGINT)
 
 

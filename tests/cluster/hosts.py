@@ -6,6 +6,7 @@ Disks are shared, as storage is: a partition cuts the hosts off from each other 
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -33,6 +35,16 @@ def missing() -> str:
     return f"no network namespaces: {done.stderr.strip()}" if done.returncode else ""
 
 
+def _clear_up() -> None:
+    """What a test that was killed has left."""
+    listed = subprocess.run(["ip", "-o", "link"], capture_output=True, text=True, check=True).stdout
+    for name, pid in re.findall(r"^\d+: (rh(\d+)(?:b|p1|p2))[@:]", listed, re.MULTILINE):
+        if not psutil.pid_exists(int(pid)):
+            subprocess.run(["ip", "link", "del", name], capture_output=True, check=False)
+            for host in (1, 2):
+                subprocess.run(["ip", "netns", "del", f"rh{pid}h{host}"], capture_output=True, check=False)
+
+
 class Hosts:
     """Host 1 with the Ray head, host 2 with a node that joins it again whenever it ends: one CPU each, one token."""
 
@@ -46,10 +58,11 @@ class Hosts:
         own["PYTHONPATH"] = str(Path(__file__).parents[2])
         self.environment = plain | own
         self.address = f"{_NET}11:{_PORT}"
-        self._mark = f"r{os.getpid() % 100000}"
+        self._mark = f"rh{os.getpid()}"
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> Hosts:
+        _clear_up()
         try:
             self._build()
             head = ["--head", f"--port={_PORT}", "--dashboard-host=127.0.0.1", f"--temp-dir={self.folder}/s"]
@@ -99,7 +112,7 @@ class Hosts:
             timeout=90,
             check=False,
         )
-        return int(done.stdout) if done.returncode == 0 else 0
+        return int(done.stdout.split()[0]) if done.returncode == 0 else 0  # Ray adds words of its own
 
     def close(self) -> None:
         for process in self._processes:
@@ -116,7 +129,8 @@ class Hosts:
             process.wait()
         for each in psutil.process_iter(["cmdline"]):
             if any(str(self.folder) in word for word in each.info["cmdline"] or []):
-                each.kill()
+                with suppress(psutil.Error):
+                    each.kill()
         for host in (1, 2):
             self._ip("link", "del", self._port(host), check=False)  # the namespace lives as long as its last process
             self._ip("netns", "del", self._name(host), check=False)
