@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from rich.console import Console
@@ -33,6 +33,9 @@ from orchestrator.training.failures import NotFiniteError, PreemptedError
 from orchestrator.training.notices import Event
 from orchestrator.training.ownership import SupersededError
 from orchestrator.training.run import Outcome, finished, run_storage
+
+if TYPE_CHECKING:
+    from orchestrator.control.metrics import Exporter
 
 Recipe = Callable[[], TrainConfig]
 EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
@@ -153,10 +156,17 @@ def run(command: Command) -> int:
             tracker = follow()
         elif tracker is not None:
             tracker.put(event)
+        if exporter is not None:
+            exporter.put(event)
         # A terminal that is gone (| head) must not end the run: rich leaves with SystemExit.
         with contextlib.suppress(OSError, SystemExit):
             terminal.put(event)
 
+    exporter: Exporter | None = None
+    if config.tracking.metrics_port and not is_done:
+        from orchestrator.control.metrics import Exporter
+
+        exporter = Exporter(config.name, config.tracking.metrics_host, config.tracking.metrics_port)
     ending = Ending()
     with Terminal(console, name=config.name, batch_size=config.batch.global_batch_size) as terminal:
         try:
@@ -167,6 +177,8 @@ def run(command: Command) -> int:
                 # What was only tested may have been stopped before its end.
                 ending.status = RunStatus.FINISHED if finished(run) is not None else RunStatus.KILLED
         finally:
+            if exporter is not None:
+                exporter.close()
             if tracker is not None and is_done:
                 tracker.replay(journal_of(run))  # whatever was lost between a worker and here
             delivery = tracker.close(config.tracking.wait_s, ending.status, ending.reason) if tracker else None

@@ -330,7 +330,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class TrackingConfig:
-    """MLflow. None of this is part of the run's identity."""
+    """MLflow and Prometheus. None of this is part of the run's identity."""
 
     uri: str = ""
     """tracking store; empty: MLFLOW_TRACKING_URI, else SQLite in the current folder"""
@@ -338,6 +338,10 @@ class TrackingConfig:
     """MLflow experiment"""
     wait_s: float = 60.0
     """seconds that a finished run waits for a slow store before it leaves the rest to the next start"""
+    metrics_port: int = 0
+    """where a driver serves its numbers for Prometheus; 0: nowhere; a campaign's members: this and those after it"""
+    metrics_host: str = "127.0.0.1"
+    """address that it listens at; 0.0.0.0: all of the machine's"""
 
 
 @dataclass(frozen=True)
@@ -438,6 +442,8 @@ def _check(config: TrainConfig) -> None:
         "placement.cache_gb": config.placement.cache_gb or 0.0,
     }
     wrong += [f"{name} must not be negative, not {value}" for name, value in not_negative.items() if value < 0]
+    if not 0 <= config.tracking.metrics_port <= 65_535:
+        wrong.append(f"tracking.metrics_port must be in [0, 65535], not {config.tracking.metrics_port}")
     floats = {"schedule.lr": s.lr, "schedule.warmup_lr": s.warmup_lr, "optimizer.weight_decay": o.weight_decay}
     floats |= {"schedule.max_epochs": s.max_epochs, "input.colour_std": i.colour_std}
     floats |= {"schedule.plateau_threshold_percent": s.plateau_threshold_percent}

@@ -52,6 +52,7 @@ DOORS = {
         "data_prep.fan_out",
     ),
     "submitit": ("cluster.slurm",),
+    "prometheus_client": ("orchestrator.control.metrics",),
     "tyro": ("jobs", "data_prep", "cluster.command_line", "cluster.doctor"),
     "pickle": (),
 }

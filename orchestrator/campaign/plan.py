@@ -137,7 +137,7 @@ class Campaign:
                 evaluation=c.evaluation,
                 placement=c.placement,
                 guard=c.guard,
-                tracking=c.tracking,
+                tracking=replace(c.tracking, metrics_port=c.tracking.metrics_port and c.tracking.metrics_port + number),
             )
             for number, member in enumerate(self.members)
         }
