@@ -31,7 +31,7 @@ class Options:
     """of MLflow; default: MLFLOW_TRACKING_URI"""
     checks: tuple[CheckName, ...] = tuple(CheckName)
     """only these; the nodes themselves are always looked at"""
-    timeout_s: float = 60.0
+    timeout_s: float = 120.0
     """how long nodes may take over each question"""
     json: bool = False
     """one JSON object instead of lines"""

@@ -40,7 +40,7 @@ class Request:
     storage: str = ""
     data: str = ""
     tracking_uri: str = ""
-    timeout_s: float = 60.0  # of each question, to all nodes at once
+    timeout_s: float = 120.0  # of each question, to all nodes at once
     checks: tuple[CheckName, ...] = tuple(CheckName)
 
 
