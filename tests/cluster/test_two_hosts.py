@@ -35,8 +35,7 @@ def orders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Orders:
 
 @pytest.fixture
 def hosts(orders: Orders) -> Iterator[Hosts]:
-    if why := missing():
-        pytest.skip(why)
+    assert not missing(), missing()
     with Hosts() as found:
         yield found
 
