@@ -287,6 +287,14 @@ def test_storage_that_lets_two_have_a_name() -> None:
     assert [f.outcome for f in unknown] == [Outcome.WARNING]
 
 
+def test_storage_that_is_another_folder_on_a_node() -> None:
+    probes = {"a": node.StorageProbe(True, True, 0.1), "b": node.StorageProbe(True, True, 0.1)}
+    found = judgement.storage(probes, {"a": ["b"], "b": []}, "/s")
+    assert [(f.where, f.outcome) for f in found] == [("a", Outcome.FAILS), ("b", Outcome.OK)]
+    assert "does not see in /s what b wrote" in found[0].measured
+    assert "mount the same one on every node" in found[0].advice
+
+
 def test_data_sets_that_differ() -> None:
     one, other = (node.DataProbe(digest, {"train": 3}, 1 << 20, 0.01) for digest in ("a" * 64, "b" * 64))
     assert [f.outcome for f in judgement.data({"n1": one, "n2": one})] == [Outcome.OK] * 2
