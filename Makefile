@@ -38,7 +38,7 @@ test-faults: setup
 	@echo "== every class of fault over $(FAULT_SEEDS) seeds (FAULT_SEEDS=…; a part of it, with one seed, is in 'make test')"
 	FAULT_SEEDS=$(FAULT_SEEDS) $(PYTHON) -m pytest tests/training/test_exactness.py tests/training/test_kills.py tests/training/test_writes.py \
 		tests/training/test_worlds.py tests/training/test_failing_store.py tests/control/test_faults.py \
-		tests/control/test_elastic.py tests/jobs/test_rehearse.py tests/jobs/test_campaign.py --timeout 1800
+		tests/control/test_elastic.py tests/control/test_worker_log.py tests/jobs/test_rehearse.py tests/jobs/test_campaign.py --timeout 1800
 
 test-cluster: setup
 	@echo "== a real SLURM of two nodes, two hosts in network namespaces, Ray heads (Debian packages slurm-wlm munge iproute2; root)"

@@ -49,11 +49,21 @@ def is_launch(argv: Sequence[str]) -> bool:
     return any(word == "--on" or word.startswith("--on=") for word in argv)
 
 
-def run(argv: Sequence[str], script: str, name_of: Callable[[list[str]], str]) -> int:
+@dataclass(frozen=True)
+class Described:
+    """What is to be known of a job before it is launched: its name where --launch-name gives none; the names of its
+    members, each of which ``member NAME`` before the job's own arguments trains alone, at most ``at_once`` at a time.
+    """
+
+    name: str
+    members: tuple[str, ...] = ()
+    at_once: int = 0
+
+
+def run(argv: Sequence[str], script: str, describe: Callable[[list[str]], Described]) -> int:
     """Launch ``python SCRIPT REST``, REST being ``argv`` without what is said of the launch; the exit code.
 
-    ``name_of``: checks REST as the job itself would, and names the launch where --launch-name does not. Raises
-    ValueError and OSError as the launchers.
+    ``describe``: checks REST as the job itself would. Raises ValueError and OSError as the launchers.
     """
     options, rest = _split(argv)
     if any(word.startswith("--dry-run-on") for word in rest):
@@ -61,20 +71,28 @@ def run(argv: Sequence[str], script: str, name_of: Callable[[list[str]], str]) -
             "--dry-run-on launches nothing: leave out --on, or give --dry-run for what would be handed over"
         )
     is_dry = "--dry-run" in rest
-    name = options.launch_name or name_of([word for word in rest if word != "--dry-run"])
-    where, launches = options.on, Path(options.launches)
+    rest = [word for word in rest if word != "--dry-run"]
+    described = describe(rest)
+    name, where, launches = options.launch_name or described.name, options.on, Path(options.launches)
     launchers: dict[Where, Callable[[], Launcher]] = {
         Where.LOCAL: Local,
         Where.RAY: lambda: RayJobs(options.ray),
         Where.SLURM: lambda: _slurm(options.slurm),
     }
-    words = [script, *(word for word in rest if word != "--dry-run")]
+    words, array = [script, *rest], None
+    if options.slurm.array:
+        if where is not Where.SLURM or not described.members:
+            raise ValueError("--slurm.array is for a campaign (jobs/campaign.py) --on slurm: leave it out")
+        members = {member: (script, "member", member, *rest) for member in described.members}
+        array = launch.Array(members, described.at_once)
     if is_dry:
-        print(launch.preview(launchers[where](), launches, name, where, words), end="")
+        print(launch.preview(launchers[where](), launches, name, where, words, array), end="")
         return 0
-    job, is_new = launch.submit(lambda where: launchers[where](), launches, name, where, words)
+    job, is_new = launch.submit(lambda where: launchers[where](), launches, name, where, words, array)
     folder = launch.folder_of(launches, job)
-    handle = ", ".join(f"{key} {job.handle[key]}" for key in ("submission_id", "job_id", "pid") if key in job.handle)
+    shown = {"submission_id": "submission_id", "job_id": "job_id", "pid": "pid"}
+    shown |= {f"job_id/{member}": member for member in described.members}
+    handle = ", ".join(f"{words} {job.handle[key]}" for key, words in shown.items() if key in job.handle)
     print(f"{'launched' if is_new else 'launched already'}: {name} on {where.value} ({handle}); its files: {folder}")
     at = "" if options.launches == _Options.launches else f" --launches {options.launches}"
     print(f"python -m cluster status|log|stop {name}{at}")
@@ -111,6 +129,8 @@ class StatusOptions:
 
     name: Annotated[str, tyro.conf.Positional]
     launches: str = "launches"
+    member: str = ""
+    """of a campaign with --slurm.array: this member's job alone"""
 
 
 @dataclass(frozen=True)
@@ -119,6 +139,8 @@ class LogOptions:
 
     name: Annotated[str, tyro.conf.Positional]
     launches: str = "launches"
+    member: str = ""
+    """of a campaign with --slurm.array: this member's job alone"""
     follow: bool = False
     """go on until the job has ended"""
 
@@ -156,16 +178,21 @@ def afterwards(argv: Sequence[str]) -> int:
     match options:
         case ListOptions():
             return _list(launches)
-        case StatusOptions(name):
+        case StatusOptions(name, member=member):
             job = _find(launches, name)
-            status = launch.status(known, job, launches)
-            print(f"{name}: {status.state.value} on {job.where.value}{f' ({status.said})' if status.said else ''}")
-            print(f"python {' '.join(job.argv)}")
+            status = launch.status(known, job, launches, member)
+            whose = f"{name} {member}".rstrip()
+            print(f"{whose}: {status.state.value} on {job.where.value}{f' ({status.said})' if status.said else ''}")
+            print(f"python {' '.join(launch.part(job, launches, member)[0].argv if member else job.argv)}")
             return int(status.state in (State.FAILED, State.STOPPED, State.LOST))
-        case LogOptions(name, follow=follow):
+        case LogOptions(name, member=member, follow=follow):
             job = _find(launches, name)
             launch.check_submitted(job)
             launcher, folder = known(job.where), launch.folder_of(launches, job)
+            if member:
+                job, folder = launch.part(job, folder, member)
+            elif follow and job.array:
+                raise ValueError(f"--follow follows one log: give a --member of {name}: {', '.join(job.array.argv)}")
             pieces = launch.follow(launcher, job, folder, _pauses()) if follow else [launcher.log(job, folder)]
             for text in pieces:
                 sys.stdout.write(text)

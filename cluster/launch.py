@@ -54,11 +54,22 @@ class Status:
 
 
 @dataclass(frozen=True)
+class Array:
+    """Parts of a job that run side by side, each on machines of its own; the job itself comes when all have ended.
+
+    ``argv``: of each part, by its name; ``at_once``: at most so many of them, 0: all.
+    """
+
+    argv: dict[str, tuple[str, ...]]
+    at_once: int = 0
+
+
+@dataclass(frozen=True)
 class Job:
     """A launched job.
 
     ``argv``: what follows ``python``; ``submitted``: ISO 8601, UTC; ``handle``: by which its launcher finds it, {}
-    until that is known.
+    until that is known; KEY/PART is a part's own KEY.
     """
 
     name: str
@@ -69,6 +80,7 @@ class Job:
     submitted: str
     handle: dict[str, str]
     nonce: str = ""  # others may have launch folders of their own, and jobs of the same name
+    array: Array | None = None
 
     @property
     def id(self) -> str:
@@ -104,7 +116,9 @@ class Launcher(Protocol):
 LauncherOf = Callable[[Where], Launcher]
 
 
-def submit(launcher_of: LauncherOf, launches: Path, name: str, where: Where, argv: Sequence[str]) -> tuple[Job, bool]:
+def submit(
+    launcher_of: LauncherOf, launches: Path, name: str, where: Where, argv: Sequence[str], array: Array | None = None
+) -> tuple[Job, bool]:
     """Launch ``python ARGV`` in this working directory; the job, and whether it is new.
 
     A job of this name that waits or runs is left alone and given back where it is the same, else ValueError.
@@ -113,13 +127,15 @@ def submit(launcher_of: LauncherOf, launches: Path, name: str, where: Where, arg
     (launches / name).mkdir(parents=True, exist_ok=True)
     with (launches / name / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the same command typed twice at once
-        return _submit(launcher_of, launches, name, where, argv)
+        return _submit(launcher_of, launches, name, where, argv, array)
 
 
-def _submit(launcher_of: LauncherOf, launches: Path, name: str, where: Where, argv: Sequence[str]) -> tuple[Job, bool]:
+def _submit(
+    launcher_of: LauncherOf, launches: Path, name: str, where: Where, argv: Sequence[str], array: Array | None
+) -> tuple[Job, bool]:
     newest = find(launches, name)
     if newest is not None and (not newest.handle or not status(launcher_of, newest, launches).state.is_over):
-        if (newest.where, newest.argv) != (where, tuple(argv)):
+        if (newest.where, newest.argv, newest.array) != (where, tuple(argv), array):
             if not newest.handle:
                 raise ValueError(
                     f"the submission of job {name!r} to {newest.where.value} was interrupted: repeat that command, or "
@@ -132,7 +148,7 @@ def _submit(launcher_of: LauncherOf, launches: Path, name: str, where: Where, ar
         # Without a handle: whoever submitted it was ended in between, and the launcher knows whether it got there.
         return newest if newest.handle else _hand_over(launcher_of(where), newest, launches), False
     number = newest.number + 1 if newest is not None else 1
-    job = Job(name, number, where, tuple(argv), str(Path.cwd()), _now(), {}, secrets.token_hex(3))
+    job = Job(name, number, where, tuple(argv), str(Path.cwd()), _now(), {}, secrets.token_hex(3), array)
     folder = folder_of(launches, job)
     folder.mkdir(mode=0o700)
     _write(folder, job)
@@ -156,18 +172,23 @@ def check_submitted(job: Job) -> None:
         raise ValueError(f"the submission of job {job.name!r} was interrupted: the same command submits it")
 
 
-def status(launcher_of: LauncherOf, job: Job, launches: Path) -> Status:
-    """Its status; LOST where its submission was ended in the middle."""
+def status(launcher_of: LauncherOf, job: Job, launches: Path, member: str = "") -> Status:
+    """Its status, or that of its part ``member``; LOST where its submission was ended in the middle."""
+    folder = folder_of(launches, job)
+    if member:
+        job, folder = part(job, folder, member)
     if not job.handle:
         return Status(State.LOST, "its submission was interrupted: the same command submits it")
-    return launcher_of(job.where).status(job, folder_of(launches, job))
+    return launcher_of(job.where).status(job, folder)
 
 
-def preview(launcher: Launcher, launches: Path, name: str, where: Where, argv: Sequence[str]) -> str:
+def preview(
+    launcher: Launcher, launches: Path, name: str, where: Where, argv: Sequence[str], array: Array | None = None
+) -> str:
     """What ``submit`` would hand over to the launcher."""
     _check_name(name)
     newest = find(launches, name)
-    job = Job(name, newest.number + 1 if newest else 1, where, tuple(argv), str(Path.cwd()), _now(), {})
+    job = Job(name, newest.number + 1 if newest else 1, where, tuple(argv), str(Path.cwd()), _now(), {}, array=array)
     return launcher.preview(job, folder_of(launches, job))
 
 
@@ -179,7 +200,10 @@ def find(launches: Path, name: str) -> Job | None:
     path = folders[-1] / _RECORD
     try:
         plain = json.loads(path.read_text())
-        return Job(**plain | {"where": Where(plain["where"]), "argv": tuple(plain["argv"])})
+        array = plain.get("array")
+        if array is not None:
+            array = Array({name: tuple(words) for name, words in array["argv"].items()}, array["at_once"])
+        return Job(**plain | {"where": Where(plain["where"]), "argv": tuple(plain["argv"]), "array": array})
     except FileNotFoundError:
         raise ValueError(f"a launch has no record {path}: it was interrupted at once; remove {folders[-1]}") from None
     except (ValueError, TypeError, KeyError) as error:
@@ -194,6 +218,21 @@ def names(launches: Path) -> list[str]:
 def folder_of(launches: Path, job: Job) -> Path:
     """The job's own folder, absolute."""
     return (launches / job.name / f"{job.number:06d}").absolute()
+
+
+def part(job: Job, folder: Path, name: str) -> tuple[Job, Path]:
+    """Part ``name`` of a job as a job, and its folder. Raises ValueError where there is none."""
+    if job.array is None or name not in job.array.argv:
+        known = f"it has {', '.join(job.array.argv)}" if job.array else "it was not launched as an array"
+        raise ValueError(f"job {job.name!r} has no member {name!r}: {known}")
+    end = f"/{name}"
+    handle = {key.removesuffix(end): value for key, value in job.handle.items() if key.endswith(end)}
+    return replace(job, argv=job.array.argv[name], handle=handle, array=None), folder / "members" / name
+
+
+def parts(job: Job, folder: Path) -> dict[str, tuple[Job, Path]]:
+    """All of them, by name; {} where it has none."""
+    return {name: part(job, folder, name) for name in job.array.argv} if job.array else {}
 
 
 def follow(launcher: Launcher, job: Job, folder: Path, pause: Iterator[None]) -> Iterator[str]:

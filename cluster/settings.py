@@ -37,3 +37,5 @@ class SlurmSettings:
     """network interface for Ray, NCCL and gloo; empty: the one on the way to the other nodes"""
     extra: tuple[str, ...] = ()
     """other options of sbatch, as constraint=h200"""
+    array: bool = False
+    """of a campaign: each member on nodes of its own, as a job array; a job behind them averages their scores"""

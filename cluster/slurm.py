@@ -8,6 +8,11 @@ goes on where it was. A node that is lost ends the start, and the job is queued 
     stop                                      somebody has asked the job to end
     ended.json                                its exit code, once it has ended for good
     ray-ID-S/                                 of start S (cluster/allocation.py)
+
+The parts of a job that is an array are elements of a SLURM job array, the job itself depends on their ends:
+
+    slurm-array/                              submitit's, of the array
+    members/NAME/                             log.txt, stop, ended.json, ray-ID-S/ of part NAME
 """
 
 from __future__ import annotations
@@ -20,17 +25,22 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import submitit
 
+from cluster import launch
 from cluster.allocation import AllocationError, Node, RayOnNodes, visible_gpus
-from cluster.launch import Job, State, Status, environment_to_pass
-from cluster.local import status_of
+from cluster.launch import Array, Job, State, Status, environment_to_pass
+from cluster.local import STOPPED, status_of
 from cluster.settings import SlurmSettings
 
+_OWN, _ARRAY = "slurm", "slurm-array"
 _POLL_S = 0.5
 _NO_LIMIT = 1_000_000  # restarts after a time limit: a campaign takes as many as it takes
 _LEAVE_MARGIN_S = 15.0  # of the warning time, for ending Ray and queueing the job again
@@ -50,65 +60,88 @@ class Slurm:
 
     def preview(self, job: Job, folder: Path) -> str:
         _check(self._settings)
-        executor = submitit.SlurmExecutor(folder=folder / "slurm")
-        executor.update_parameters(**_parameters(self._settings, job))
-        return executor._make_submission_file_text(executor._submitit_command_str, "")
+        parameters, text = _parameters(self._settings, job.id), ""
+        if job.array is not None:
+            text = _script(folder / _ARRAY, _of_array(parameters, job.array), len(job.array.argv)) + "\n"
+            parameters = _behind(parameters, "ARRAY")
+        return text + _script(folder / _OWN, parameters)
 
     def submit(self, job: Job, folder: Path) -> dict[str, str]:
         _check(self._settings)
         if shutil.which("sbatch") is None:
             raise ValueError("there is no sbatch here: launch from a machine of the SLURM cluster")
-        found = [path.name.split("_")[0] for path in (folder / "slurm").glob("[0-9]*_submission.sh")]
-        if found:  # whoever submitted it was ended before it could write that down
-            return {"job_id": found[0]}
-        if number := _slurm("squeue", "--noheader", "--name", job.id, "--format", "%i"):
-            return {"job_id": number}
-        executor = submitit.SlurmExecutor(folder=folder / "slurm", max_num_timeout=_NO_LIMIT)
-        executor.update_parameters(**_parameters(self._settings, job))
+        parameters = _parameters(self._settings, job.id)
+        if job.array is None:
+            return {"job_id": _submit_once(folder / _OWN, parameters, [self._start(job, folder)])}
+        starts = [self._start(*part) for part in launch.parts(job, folder).values()]
+        array_id = _submit_once(folder / _ARRAY, _of_array(parameters, job.array), starts)
         try:
-            submitted = executor.submit(Start(job, folder, self._settings, environment_to_pass(os.environ)))
-        except submitit.core.utils.FailedJobError as error:
-            raise ValueError(f"SLURM does not take the job: {_words(str(error))}") from None
-        return {"job_id": submitted.job_id}
+            job_id = _submit_once(folder / _OWN, _behind(parameters, array_id), [self._start(job, folder)])
+        except ValueError:
+            _slurm("scancel", array_id)
+            raise
+        ids = [array_id] if len(starts) == 1 else [f"{array_id}_{number}" for number in range(len(starts))]
+        return {"job_id": job_id} | {f"job_id/{name}": id for name, id in zip(job.array.argv, ids, strict=True)}
+
+    def _start(self, job: Job, folder: Path) -> Start:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return Start(job, folder, self._settings, environment_to_pass(os.environ))
 
     def status(self, job: Job, folder: Path) -> Status:
         """Without accounting: the queue, what the job has written at its end, then what SLURM still remembers."""
-        number = job.handle["job_id"]
-        queued = _slurm("squeue", "--noheader", "--jobs", number, "--states", "all", "--format", "%T|%r|%N")
-        state, _, rest = queued.partition("|")
-        why, _, nodes = rest.partition("|")
-        if state in _WAITS:
-            return Status(State.WAITING, why)
-        if state in _RUNS:
-            return Status(State.RUNNING, f"on {nodes}" if nodes else why)
-        with suppress(FileNotFoundError):
-            ended = json.loads((folder / "ended.json").read_text())
-            found = status_of(int(ended["code"]))
-            return Status(found.state, ended.get("said") or found.said)
-        if (folder / "stop").exists():
-            return Status(State.STOPPED, "ended by scancel: the same command goes on")
-        if not state:
-            shown = _slurm("scontrol", "show", "job", number, "--oneliner")
-            match = re.search(r"JobState=(\S+)", shown)
-            state = match.group(1) if match else ""
-        if state in ("CANCELLED", "PREEMPTED"):
-            return Status(State.STOPPED, f"SLURM: {state}; the same command goes on")
-        if state:
-            return Status(State.FAILED, f"SLURM: {state}; the same command goes on")
-        return Status(State.LOST, "SLURM does not know it any more, and it has not written how it ended: same command")
+        found = {name: _status_of(*part) for name, part in launch.parts(job, folder).items()}
+        left = [status.state for status in found.values() if not status.state.is_over]
+        if not left:
+            return _status_of(job, folder)
+        said = [f"{name} {each.state.value}{f' ({each.said})' if each.said else ''}" for name, each in found.items()]
+        return Status(State.RUNNING if State.RUNNING in left else State.WAITING, "; ".join(said))
 
     def log(self, job: Job, folder: Path) -> str:
+        """Of an array each part's, then its own."""
+        texts = [f"== {name} ==\n{self.log(*part)}" for name, part in launch.parts(job, folder).items()]
         with suppress(FileNotFoundError):
-            return (folder / "log.txt").read_text(errors="replace")
-        return ""
+            texts.append((folder / "log.txt").read_text(errors="replace"))
+        return "\n".join(texts)
 
     def stop(self, job: Job, folder: Path) -> None:
-        state = self.status(job, folder).state
-        if state.is_over:
-            return
-        (folder / "stop").touch()
-        if state is State.WAITING:
-            _slurm("scancel", job.handle["job_id"])
+        # The job itself first: it is not to begin because its parts have ended.
+        for each, at in [(replace(job, array=None), folder), *launch.parts(job, folder).values()]:
+            state = _status_of(each, at).state
+            if not state.is_over:
+                (at / "stop").touch()
+                if state is State.WAITING:
+                    _slurm("scancel", each.handle["job_id"])
+
+
+def _status_of(job: Job, folder: Path) -> Status:
+    """Of one job of SLURM's, an array's element or not."""
+    number = job.handle["job_id"]
+    queued = _slurm("squeue", "--noheader", "--jobs", number, "--states", "all", "--format", "%T|%r|%N")
+    state, _, rest = queued.partition("|")
+    why, _, nodes = rest.partition("|")
+    if state in _WAITS:
+        return Status(State.WAITING, why)
+    if state in _RUNS:
+        return Status(State.RUNNING, f"on {nodes}" if nodes else why)
+    with suppress(FileNotFoundError):
+        ended = json.loads((folder / "ended.json").read_text())
+        found = status_of(int(ended["code"]))
+        return Status(found.state, ended.get("said") or found.said)
+    if (folder / "stop").exists():
+        return Status(State.STOPPED, "ended by scancel: the same command goes on")
+    if not state:
+        state = _state_of(number)
+    if state in ("CANCELLED", "PREEMPTED"):
+        return Status(State.STOPPED, f"SLURM: {state}; the same command goes on")
+    if state:
+        return Status(State.FAILED, f"SLURM: {state}; the same command goes on")
+    return Status(State.LOST, "SLURM does not know it any more, and it has not written how it ended: same command")
+
+
+def _state_of(number: str) -> str:
+    """A job's state as SLURM remembers it; "" where it does not."""
+    match = re.search(r"JobState=(\S+)", _slurm("scontrol", "show", "job", number, "--oneliner"))
+    return match.group(1) if match else ""
 
 
 def _check(settings: SlurmSettings) -> None:
@@ -126,11 +159,49 @@ def _check(settings: SlurmSettings) -> None:
             raise ValueError(f"--slurm.extra {each!r}: give it as option=value")
 
 
-def _parameters(settings: SlurmSettings, job: Job) -> dict[str, Any]:
+def _script(folder: Path, parameters: dict[str, Any], num_elements: int = 0) -> str:
+    """The batch script; ``num_elements``: of an array."""
+    executor = submitit.SlurmExecutor(folder=folder)
+    executor.update_parameters(**parameters)
+    if num_elements > 1:
+        executor.parameters["map_count"] = num_elements  # as submitit does for an array
+    return executor._make_submission_file_text(executor._submitit_command_str, "")
+
+
+def _submit_once(folder: Path, parameters: dict[str, Any], starts: Sequence[Start]) -> str:
+    """The id under which SLURM queues ``starts``, an array where they are several. Raises ValueError."""
+    found = [path.name.split("_")[0] for path in folder.glob("[0-9]*_submission.sh")]
+    if found:  # whoever submitted it was ended before it could write that down
+        return found[0]
+    if number := _slurm("squeue", "--noheader", "--name", parameters["job_name"], "--format", "%F"):
+        return number
+    executor = submitit.SlurmExecutor(folder=folder, max_num_timeout=_NO_LIMIT)
+    executor.update_parameters(**parameters)
+    try:
+        with executor.batch():
+            submitted = [executor.submit(start) for start in starts]
+    except submitit.core.utils.FailedJobError as error:
+        raise ValueError(f"SLURM does not take the job: {_words(str(error))}") from None
+    return str(submitted[0].job_id).partition("_")[0]
+
+
+def _of_array(parameters: dict[str, Any], array: Array) -> dict[str, Any]:
+    """``parameters`` of the job for its parts."""
+    at_once = array.at_once or len(array.argv)
+    return parameters | {"job_name": f"{parameters['job_name']}-members", "array_parallelism": at_once}
+
+
+def _behind(parameters: dict[str, Any], array_id: str) -> dict[str, Any]:
+    """``parameters`` of a job that begins when all elements of an array have ended, however they did."""
+    more = parameters["additional_parameters"] | {"dependency": f"afterany:{array_id}"}
+    return parameters | {"additional_parameters": more}
+
+
+def _parameters(settings: SlurmSettings, job_name: str) -> dict[str, Any]:
     """In submitit's words."""
     s = settings
     found: dict[str, Any] = {
-        "job_name": job.id,
+        "job_name": job_name,
         "nodes": s.nodes,
         "ntasks_per_node": 1,
         "cpus_per_task": s.cpus_per_node,
@@ -175,9 +246,11 @@ class Start:
         self._job, self._folder, self._settings, self._environment = job, folder, settings, environment
         self._driver: subprocess.Popen[bytes] | None = None
         self._ray: RayOnNodes | None = None
+        self._is_terminated = False
 
     def __call__(self) -> int:
         """The job's exit code."""
+        signal.signal(signal.SIGTERM, self._on_terminate)  # submitit passes over it
         self._ray = ray = self._ray_here()
         if submitit.JobEnvironment().global_rank:
             ray.join()
@@ -189,7 +262,9 @@ class Start:
         except AllocationError as error:
             said = str(error)
             self._print(f"error: {said}")
-        if code != 0 and said and ray.is_lost and not (self._folder / "stop").exists():
+        if code != 0 and self._is_cancelled():  # whatever became of the driver, whose Ray was ended with it
+            code, said = STOPPED[-1], "ended by SLURM (scancel): the same command goes on"
+        elif code != 0 and said and ray.is_lost and not (self._folder / "stop").exists():
             starts = sum(1 for _ in self._folder.glob(f"ray-*/{_LOST}")) + 1
             ray.mark(_LOST)
             if starts < _MOST_LOST_STARTS:
@@ -202,6 +277,15 @@ class Start:
         if code:
             sys.exit(code)
         return code
+
+    def _on_terminate(self, number: int, frame: FrameType | None) -> None:
+        """SLURM ends all processes of the start: by scancel, to queue it again, or since a node is gone."""
+        self._is_terminated = True
+
+    def _is_cancelled(self) -> bool:
+        with suppress(OSError, ValueError):
+            return self._is_terminated and _state_of(submitit.JobEnvironment().job_id) == "CANCELLED"
+        return False
 
     def _ray_here(self) -> RayOnNodes:
         here, settings = submitit.JobEnvironment(), self._settings
@@ -266,7 +350,7 @@ class Start:
 
     def _queue_again(self, why: str) -> str:
         """A start that lost a node has failed through no fault of the job's. What has hindered it, if it returns."""
-        number = submitit.JobEnvironment().raw_job_id
+        number = submitit.JobEnvironment().job_id  # of an array's element ID_N: the raw one may be the whole array's
         self._print(f"{why}: the job is queued again")
         try:
             _slurm("scontrol", "requeue", number)

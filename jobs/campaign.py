@@ -3,7 +3,8 @@
 One command from recipes to the ILSVRC file: the members are packed onto whatever the cluster has, each is trained,
 finished and scored by the same workers, the scores are averaged, the submission is written and validated. Killed
 anywhere, the same command goes on. ``python jobs/campaign.py status --storage URL --name NAME [--watch]`` shows how a
-campaign stands, from anywhere.
+campaign stands, from anywhere; ``python jobs/campaign.py member MEMBER …`` with the same arguments trains one member
+alone, on machines of its own: what is done is found by the campaign.
 
 A recipe is a function that returns the campaign; its docstring is its promise.
 """
@@ -28,13 +29,15 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from cluster.command_line import Described
 from jobs import command_line, imagenet
 from jobs.campaign_display import Display, console_of_table, pause_s
+from jobs.member import run as run_member
 from orchestrator.campaign import opening
 from orchestrator.campaign import status as campaign_status
 from orchestrator.campaign.decisions import Done, account_of, decide
 from orchestrator.campaign.driver import Driver
-from orchestrator.campaign.journal import Journal
+from orchestrator.campaign.journal import Journal, fix_identity
 from orchestrator.campaign.opening import Opened
 from orchestrator.campaign.plan import Campaign, CampaignConfig, Member, has_room, pack
 from orchestrator.campaign.products import summary
@@ -175,7 +178,8 @@ def parse(argv: Sequence[str]) -> Command:
 
 def _description() -> str:
     lines = ["python jobs/campaign.py [RECIPE] --data URL --storage URL --name NAME [--dry-run] [any field below]"]
-    lines += ["python jobs/campaign.py status --storage URL --name NAME [--watch]", ""]
+    lines += ["python jobs/campaign.py status --storage URL --name NAME [--watch]"]
+    lines += ["python jobs/campaign.py member MEMBER [RECIPE] …: one member alone", ""]
     lines += ["The same command goes on with an interrupted campaign. Recipes:", ""]
     for name, recipe in RECIPES.items():
         lines += [f"{name}{' (default)' if name == _DEFAULT else ''}: {inspect.cleandoc(recipe.__doc__ or '')}", ""]
@@ -321,6 +325,35 @@ def _dry_run(opened: Opened, described: Sequence[str], console: Console) -> int:
     return command_line.EXIT_USER_ERROR if is_refused else 0
 
 
+# -- one member -----------------------------------------------------------------------------------------------------
+
+
+def train_member(name: str, command: Command) -> int:
+    """Train, finish and score one member on whatever cluster this process joins or starts, beside other processes that
+    do so with others; the campaign itself averages what is done. Returns the exit code.
+    """
+    campaign = opening.resolve(command.campaign)
+    opened = opening.check(campaign)
+    if not command.dry_run:
+        opened.folder.check_writable()
+        fix_identity(opened.folder, opened.plan, opened.data_sha256)
+    config = campaign.run_configs()[name]
+    config = replace(config, placement=replace(config.placement, num_workers=campaign.config.workers_per_member))
+    recipe = replace(command.recipe, config=campaign.config).run_configs()[name]
+    return run_member(command_line.Command(config, recipe, command.dry_run, dry_run_on=command.dry_run_on))
+
+
+def _parse_member(argv: Sequence[str]) -> tuple[str, Command]:
+    """``MEMBER [RECIPE] [--field value …]``."""
+    if not argv or argv[0].startswith("-"):
+        raise ValueError("member needs the name of one first: python jobs/campaign.py member NAME [RECIPE] …")
+    name, command = argv[0], parse(argv[1:])
+    known = [each.name for each in command.campaign.members]
+    if name not in known:
+        raise ValueError(f"there is no member {name!r} in this campaign: choose one of {', '.join(known)}")
+    return name, command
+
+
 # -- status ---------------------------------------------------------------------------------------------------------
 
 
@@ -346,8 +379,21 @@ def main() -> int:
     arguments = sys.argv[1:]
     if arguments[:1] == ["status"]:
         return command_line.exit_code(functools.partial(status, arguments[1:]), "the campaign itself goes on")
-    job = command_line.launchable(lambda: run(parse(arguments)), lambda argv: parse(argv).campaign.config.name)
+    if arguments[:1] == ["member"]:
+        job = command_line.launchable(lambda: train_member(*_parse_member(arguments[1:])), _describe_member)
+    else:
+        job = command_line.launchable(lambda: run(parse(arguments)), _describe)
     return command_line.exit_code(job, _GOES_ON)
+
+
+def _describe(argv: Sequence[str]) -> Described:
+    campaign = parse(argv).campaign
+    return Described(campaign.config.name, tuple(campaign.run_configs()), campaign.config.max_at_once)
+
+
+def _describe_member(argv: Sequence[str]) -> Described:
+    name, command = _parse_member(argv[1:])
+    return Described(f"{command.campaign.config.name}-{name}")
 
 
 if __name__ == "__main__":

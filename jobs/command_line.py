@@ -15,12 +15,13 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import tyro
 from rich.console import Console
 
 from cluster import command_line as cluster_command_line
+from cluster.command_line import Described
 from orchestrator.config import Tested, TrainConfig
 from orchestrator.control import supervisor
 from orchestrator.control.run_tracking import FIGURE, journal_of, keep_figure, open_tracker
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from orchestrator.control.metrics import Exporter
 
 Recipe = Callable[[], TrainConfig]
+Options = TypeVar("Options")
 EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
 EXIT_TERMINATED = 128 + signal.SIGTERM
 
@@ -75,7 +77,7 @@ def main(recipes: Mapping[str, Recipe], *, default: str) -> int:
     def typed(argv: Sequence[str]) -> Command:
         return parse(argv, recipes, default=default, program=program)
 
-    return exit_code(launchable(lambda: run(typed(sys.argv[1:])), lambda argv: typed(argv).config.name))
+    return exit_code(launchable(lambda: run(typed(sys.argv[1:])), lambda argv: Described(typed(argv).config.name)))
 
 
 def parse(argv: Sequence[str], recipes: Mapping[str, Recipe], *, default: str, program: str) -> Command:
@@ -235,11 +237,21 @@ class Ending:
             self.status, self.reason = RunStatus.FAILED, str(error) if isinstance(error, Exception) else ""
 
 
-def launchable(job: Callable[[], int], name_of: Callable[[list[str]], str]) -> Callable[[], int]:
-    """``job``, or with --on what launches the same command elsewhere, under the name that its arguments give."""
+def launchable(job: Callable[[], int], describe: Callable[[list[str]], Described]) -> Callable[[], int]:
+    """``job``, or with --on what launches the same command elsewhere, as ``describe`` says of its arguments."""
     if not cluster_command_line.is_launch(sys.argv[1:]):
         return job
-    return lambda: cluster_command_line.run(sys.argv[1:], sys.argv[0], name_of)
+    return lambda: cluster_command_line.run(sys.argv[1:], sys.argv[0], describe)
+
+
+def launchable_as(name: str, run: Callable[[Options], int], parse: Callable[[list[str]], Options]) -> int:
+    """``run`` what is typed, or with --on launch it elsewhere, as a job called ``name``. Returns the exit code."""
+
+    def describe(argv: list[str]) -> Described:
+        parse(argv)
+        return Described(name)
+
+    return launchable(lambda: run(parse(sys.argv[1:])), describe)()
 
 
 def exit_code(job: Callable[[], int], interrupted: str = _GOES_ON) -> int:

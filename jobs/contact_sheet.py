@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -48,11 +49,21 @@ class Arguments:
 
 
 def main() -> int:
-    arguments = tyro.cli(Arguments, description=__doc__)
+    return command_line.launchable_as("contact-sheet", run, parse)
+
+
+def parse(argv: Sequence[str]) -> Arguments:
+    """What is typed. Raises ValueError for what cannot be drawn."""
+    arguments = tyro.cli(Arguments, args=argv, description=__doc__)
     if arguments.recipe not in RECIPES:
         raise ValueError(f"unknown recipe {arguments.recipe!r}: choose one of {', '.join(RECIPES)}")
     if arguments.columns < 1 or arguments.rows < 1 or arguments.step < 0:
         raise ValueError("--columns and --rows must be at least 1, --step at least 0")
+    return arguments
+
+
+def run(arguments: Arguments) -> int:
+    """Draw the sheet. Returns the exit code."""
     config = RECIPES[arguments.recipe]()
     data = DataSet(Storage(arguments.data))
     view, test_view, mean, axes = views_of(config, data)

@@ -10,6 +10,7 @@ ensemble.json, the manifest. The same command again changes nothing; with other 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import tyro
@@ -42,11 +43,20 @@ class Arguments:
 
 
 def main() -> int:
-    arguments = tyro.cli(
-        Arguments, prog="python jobs/ensemble.py", description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)
-    )
+    return command_line.launchable_as("ensemble", run, parse)
+
+
+def parse(argv: Sequence[str]) -> Arguments:
+    """What is typed. Raises ValueError for what contradicts itself."""
+    config = (tyro.conf.FlagCreatePairsOff,)
+    arguments = tyro.cli(Arguments, args=argv, prog="python jobs/ensemble.py", description=__doc__, config=config)
     if arguments.greedy and arguments.weights:
         raise ValueError("--greedy chooses the weights: leave --weights out, or --greedy")
+    return arguments
+
+
+def run(arguments: Arguments) -> int:
+    """Average, and show what came of it. Returns the exit code."""
     choice = Choice.GREEDY if arguments.greedy else Choice.GIVEN if arguments.weights else Choice.PLAIN
     out = Storage(arguments.out)
     files = [scores.load(url) for url in arguments.scores]

@@ -19,6 +19,7 @@ from typing import Annotated
 
 import tyro
 
+from cluster.command_line import Described
 from jobs import command_line
 from orchestrator.config import EvaluationConfig, GuardConfig, InputConfig, PlacementConfig, TrackingConfig, TrainConfig
 from orchestrator.control.checks import places_of, reading_storage
@@ -84,7 +85,9 @@ def parse(argv: Sequence[str]) -> command_line.Command:
 
 
 def main() -> int:
-    job = command_line.launchable(lambda: command_line.run(parse(sys.argv[1:])), lambda argv: parse(argv).config.name)
+    job = command_line.launchable(
+        lambda: command_line.run(parse(sys.argv[1:])), lambda argv: Described(parse(argv).config.name)
+    )
     return command_line.exit_code(job, interrupted="what is scored is kept: the same command goes on")
 
 

@@ -31,10 +31,12 @@ def main() -> int:
     order = json.loads(line)
     sys.argv = order["argv"]  # the command that goes on: MLflow shows it
     config, recipe = TrainConfig.from_json(order["config"]), TrainConfig.from_json(order["recipe"])
-    return command_line.exit_code(lambda: _run(command_line.Command(config, recipe, dry_run=False)))
+    return command_line.exit_code(lambda: run(command_line.Command(config, recipe, dry_run=False)))
 
 
-def _run(command: command_line.Command) -> int:
+def run(command: command_line.Command) -> int:
+    """Train, finish and score a member, once nobody else is at work on it. Returns the exit code."""
+    said = ""
     while True:
         try:
             return command_line.run(command)
@@ -43,7 +45,8 @@ def _run(command: command_line.Command) -> int:
             print(f"error: {error}", flush=True)
             return command_line.EXIT_FAILED
         except AtWorkError as error:  # what a driver before has started on another machine, or somebody by hand
-            print(f"waiting: {error}", flush=True)
+            if said != (said := f"waiting: {error}"):
+                print(said, flush=True)
             time.sleep(_PAUSE_S)
 
 

@@ -87,11 +87,20 @@ class Options:
     """of a soak"""
     placement: Placement = field(default_factory=Placement)
 
+    @property
+    def chosen(self) -> list[str]:
+        """Classes of faults."""
+        return self.faults.split(",") if self.faults else list(NAMES)
+
 
 def main() -> int:
-    options = tyro.cli(Options, prog="python jobs/rehearse.py", config=(tyro.conf.FlagCreatePairsOff,))
-    chosen = options.faults.split(",") if options.faults else list(NAMES)
-    if unknown := [name for name in chosen if name not in NAMES]:
+    return command_line.launchable_as("rehearsal", run, parse)
+
+
+def parse(argv: Sequence[str]) -> Options:
+    """What is typed. Raises ValueError for what cannot be rehearsed."""
+    options = tyro.cli(Options, args=argv, prog="python jobs/rehearse.py", config=(tyro.conf.FlagCreatePairsOff,))
+    if unknown := [name for name in options.chosen if name not in NAMES]:
         raise ValueError(f"unknown fault {', '.join(unknown)}: choose of {', '.join(NAMES)}")
     if not options.storage:
         raise ValueError("nowhere to rehearse: give --storage URL, a folder that all nodes see")
@@ -99,8 +108,13 @@ def main() -> int:
         raise ValueError(f"--workers is {options.workers}: a rehearsal needs at least 2")
     if options.soak_s < 0 or options.mean_time_between_faults_s <= 0:
         raise ValueError("--soak-s must not be negative, and --mean-time-between-faults-s must be positive")
+    return options
+
+
+def run(options: Options) -> int:
+    """Rehearse, and show what came of it. Returns the exit code."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's end is as clean as Ctrl-C
-    with Rehearsal(options, chosen) as rehearsal:
+    with Rehearsal(options, options.chosen) as rehearsal:
         report = rehearsal.soak() if options.soak_s else rehearsal.all_faults()
     if left := [p.name() for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]:
         report.notes.append(f"left running: {', '.join(left)}")

@@ -78,10 +78,18 @@ class Score:
 
 
 def main() -> int:
+    return command_line.launchable_as("submission", run, parse)
+
+
+def parse(argv: Sequence[str]) -> Write | Check | Score:
+    """What is typed."""
     forms: type[Write | Check | Score] = Write | Check | Score  # type: ignore[assignment]
-    command = tyro.cli(
-        forms, prog="python jobs/submission.py", description=__doc__, config=(tyro.conf.EnumChoicesFromValues,)
-    )
+    config = (tyro.conf.EnumChoicesFromValues,)
+    return tyro.cli(forms, args=argv, prog="python jobs/submission.py", description=__doc__, config=config)
+
+
+def run(command: Write | Check | Score) -> int:
+    """Do it. Returns the exit code."""
     match command:
         case Write():
             return _write(command)

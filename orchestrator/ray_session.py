@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,8 +45,10 @@ class ClusterError(ValueError):
 
 
 @contextmanager
-def ray_session(address: str | None = None, num_cpus: int | None = None) -> Iterator[Cluster]:
+def ray_session(address: str | None = None, num_cpus: int | None = None, *, hears: bool = False) -> Iterator[Cluster]:
     """A connection to the Ray cluster at ``address`` or RAY_ADDRESS, else to one started here.
+
+    hears: whether Ray brings what its processes print, to whoever listens (``control.worker_log``).
 
     The machines of a cluster that is joined have this project installed, or in the job's working directory. A process
     that is connected already stays so. Raises ClusterError where the cluster cannot be reached.
@@ -75,12 +77,14 @@ def ray_session(address: str | None = None, num_cpus: int | None = None) -> Iter
                 return
             if address:
                 _check_reachable(address)
-            quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
+            quiet = {"logging_level": logging.ERROR, "log_to_driver": hears}
             # object_store_memory, bytes: nothing large passes through it
             start = {"num_cpus": num_cpus, "include_dashboard": False, "object_store_memory": 100 << 20}
             on_terminate = signal.getsignal(signal.SIGTERM)
             try:
                 ray.init(**({"address": address} if address else start), **quiet)
+                if hears:
+                    _print_nothing()
                 if on_terminate is not None and threading.current_thread() is threading.main_thread():
                     # Ray sets its own.
                     signal.signal(signal.SIGTERM, on_terminate)
@@ -135,3 +139,11 @@ def _check_reachable(address: str) -> None:
                 f"no Ray cluster answers at {address} ({error}): start it, or clear the address and RAY_ADDRESS "
                 "for a local one"
             ) from None
+
+
+def _print_nothing() -> None:
+    """Of what Ray brings from its processes: here a terminal belongs to the run."""
+    with suppress(ImportError, AttributeError):  # Ray's own parts
+        from ray._private.ray_logging import global_worker_stdstream_dispatcher as dispatcher
+
+        dispatcher.remove_handler("ray_print_logs")

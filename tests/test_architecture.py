@@ -16,6 +16,7 @@ PACKAGES = ("orchestrator", "cluster", "data_prep", "jobs")
 FLOORS = (
     (
         "orchestrator.plain",
+        "orchestrator.masking",
         "orchestrator.code_version",
         "orchestrator.config",
         "orchestrator.remote",

@@ -243,7 +243,7 @@ class _Examination:
 
     def _mlflow(self) -> Iterator[Finding]:
         from orchestrator.control import tracking
-        from orchestrator.control.mlflow_store import masked
+        from orchestrator.masking import masked
 
         uri = self._request.tracking_uri
         if not uri:

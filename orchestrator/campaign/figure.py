@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 
 from orchestrator.campaign.note import CampaignNote, MemberNote
 from orchestrator.control.curves import Curve, draw_curves
-from orchestrator.control.mlflow_store import masked, one_line
+from orchestrator.control.mlflow_store import one_line
 from orchestrator.control.run_tracking import figure_path, keep_figure
+from orchestrator.masking import masked
 from orchestrator.storage import Storage
 from orchestrator.training.checkpoint import newest_journal
 from orchestrator.training.run import run_storage

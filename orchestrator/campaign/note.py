@@ -11,7 +11,8 @@ from orchestrator.config import TrainConfig
 from orchestrator.control.comparison import TABLE_BEGINS
 from orchestrator.control.description import network
 from orchestrator.control.entries import UNTIL, RunStatus
-from orchestrator.control.mlflow_store import first_line, masked
+from orchestrator.control.mlflow_store import first_line
+from orchestrator.masking import masked
 from orchestrator.training.finished_model import ModelRecord
 from orchestrator.training.run import run_storage
 

@@ -9,7 +9,7 @@ from orchestrator.campaign import note as words
 from orchestrator.campaign.mlflow_campaign import CHAMPION, Version, alias_of
 from orchestrator.campaign.note import CampaignNote, EnsembleNote, MemberNote
 from orchestrator.control.entries import RunStatus
-from orchestrator.control.mlflow_store import masked
+from orchestrator.masking import masked
 from orchestrator.plain import digest
 from orchestrator.training.finished_model import ModelRecord
 

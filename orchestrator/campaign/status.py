@@ -22,7 +22,7 @@ from orchestrator.control.terminal import duration
 from orchestrator.storage import Storage
 from orchestrator.training.checkpoint import newest_journal
 from orchestrator.training.finished_model import find_model
-from orchestrator.training.ownership import has_released
+from orchestrator.training.ownership import driver_at_work, has_released
 from orchestrator.training.run import finished, run_storage
 
 _RATE_EVENTS = 20  # measurements of training over which the speed is taken
@@ -46,8 +46,8 @@ _STYLES = {State.DONE: "green", State.FAILED: "bold red", State.WAITING: "dim"}
 class Row:
     """One member. step: of its newest checkpoint; errors: percent, by name; left_s: None where it is not known.
 
-    is_running: whether a process of it lives, as far as that is known from here; where: its machine; starts: how many
-    there were; said: what the last failure said.
+    is_running: whether a process of it lives, as far as that is known from here; where: its machine; workers: 0 where
+    the campaign has not started it; starts: how many there were; said: what the last failure said.
     """
 
     name: str
@@ -101,7 +101,10 @@ def _row(folder: Storage, name: str, about: About, account: Account) -> Row:
         # Of another machine's nothing is known from here, but that no member outlives its driver.
         is_running = not has_released(folder) if lives is None else lives
         where, workers = process.host, int(entry.detail["workers"])
-    if is_done(config, about.data_sha256):
+    done = is_done(config, about.data_sha256)
+    if not is_running and not done and (driver := driver_at_work(run)) is not None:
+        is_running, where, workers = True, driver.host, 0  # one that the campaign has not started
+    if done:
         state = State.DONE
     elif name in account.given_up:
         state = State.FAILED
@@ -122,7 +125,7 @@ def _row(folder: Storage, name: str, about: About, account: Account) -> Row:
         steps=outcome.steps if outcome else steps,
         workers=workers,
         where=where,
-        starts=account.starts.get(name, 0),
+        starts=max(account.starts.get(name, 0), is_running),
         is_running=is_running,
         left_s=_left_s(train, steps) if state is State.TRAINING else None,
         errors=errors,
@@ -167,7 +170,7 @@ def table(status: Status) -> RenderableType:
             duration(row.left_s) if row.left_s is not None else "",
             f"{validation:.2f}" if validation is not None else "",
             *errors,
-            f"{row.where} ({row.workers})" if row.is_running else "",
+            (f"{row.where} ({row.workers})" if row.workers else row.where) if row.is_running else "",
             str(row.starts),
             Text(row.said, "red"),
         )

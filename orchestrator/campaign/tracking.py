@@ -33,8 +33,9 @@ from orchestrator.campaign.note import CampaignNote, EnsembleNote, MemberNote
 from orchestrator.campaign.registry import ensemble_digest, manifest_text, model_description, versions
 from orchestrator.control.comparison import DataNote
 from orchestrator.control.entries import RunStatus, flattened
-from orchestrator.control.mlflow_store import MlflowRun, first_line, masked, one_line
+from orchestrator.control.mlflow_store import MlflowRun, first_line, one_line
 from orchestrator.control.run_tracking import open_tracker
+from orchestrator.masking import masked
 from orchestrator.storage import Storage
 from orchestrator.training.run import run_storage
 

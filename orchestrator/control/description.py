@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from orchestrator.config import BatchConfig, Family, ModelConfig, ScheduleConfig
 from orchestrator.control.comparison import DataNote
-from orchestrator.control.mlflow_store import masked
 from orchestrator.data.shards import DataSet
+from orchestrator.masking import masked
 from orchestrator.storage import Storage
 from orchestrator.training.optimization import total_steps
 

@@ -36,10 +36,10 @@ from orchestrator.control.facts import (
     placement_facts,
     schedule_facts,
 )
-from orchestrator.control.mlflow_store import masked
 from orchestrator.control.placement import may_grow
 from orchestrator.data.pipeline import EvalInput, TrainInput
 from orchestrator.evaluation.results import all_tests, is_more_than_training, is_tested, missing_tests
+from orchestrator.masking import masked
 from orchestrator.ray_session import Cluster, ClusterError, Node, ray_session
 from orchestrator.storage import Storage
 from orchestrator.training.assembly import decode_settings, sample_stream

@@ -11,7 +11,7 @@ from enum import Enum, StrEnum
 from typing import Any
 
 from orchestrator.control.curves import EventKind
-from orchestrator.control.mlflow_store import masked
+from orchestrator.masking import masked
 
 _BEST_KEY, _EPOCH_KEY = "best_validation_top1_error", "epoch"
 RESERVED_KEYS = (_BEST_KEY, _EPOCH_KEY)  # whatever else a job measures, these find room

@@ -23,6 +23,7 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from orchestrator.control.comparison import NOTE_TAG, DataNote, experiment_tags, page, run_note, with_result
+from orchestrator.masking import masked
 
 _log = logging.getLogger(__name__)
 
@@ -79,12 +80,6 @@ def check(uri: str) -> str | None:
                 " http(s)://host:port, or a postgresql, mysql or mssql URI"
             )
     return None
-
-
-def masked(text: str) -> str:
-    """``text`` without the credentials of the URLs in it."""
-    text = re.sub(r"://[^/\s]*@", "://***@", text)
-    return re.sub(r"(?i)([?&](?:\w|-)*(?:password|passwd|pwd|token|secret|signature)=)[^&\s]+", r"\1***", text)
 
 
 def one_line(error: Exception) -> str:

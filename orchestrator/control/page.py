@@ -27,7 +27,7 @@ from orchestrator.control.facts import (
     RunState,
     TestFacts,
 )
-from orchestrator.control.mlflow_store import masked
+from orchestrator.masking import masked
 from orchestrator.world import Share
 
 _INDENT = 12

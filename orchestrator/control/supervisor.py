@@ -7,6 +7,7 @@ decides what to do about failures; here it is done.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import signal
@@ -27,6 +28,7 @@ from orchestrator.control.placement import Placement
 from orchestrator.control.stuck import Place, tells_its_stacks
 from orchestrator.control.waiting import place_in_time
 from orchestrator.control.watch import Watch
+from orchestrator.control.worker_log import WorkerLog, speaks
 from orchestrator.data.shards import DataSet
 from orchestrator.evaluation.results import is_tested
 from orchestrator.evaluation.stages import do_job
@@ -39,6 +41,8 @@ from orchestrator.training.ownership import Claim, SupersededError, claim, next_
 from orchestrator.training.pulse import Phase, Pulse, Wish
 from orchestrator.training.run import Outcome, check_identity, finished, fix_identity, run_storage
 from orchestrator.world import World, largest_share, share_of
+
+_log = logging.getLogger(__name__)
 
 _SAME_SIGNAL_S = 5.0  # Ray signals a job's driver and its children; a campaign passes on to its members what it got
 
@@ -116,7 +120,7 @@ def _on_ray(config: TrainConfig, listen: Listener, *, trains: bool) -> Outcome |
     with asked_to_leave() as leaves:
         data, run = check(config, trains=trains), run_storage(config)
         _leave(config, leaves)
-        with ray_session(config.placement.ray_address) as cluster:
+        with ray_session(config.placement.ray_address, hears=True) as cluster:
             placement = _place(config, cluster, listen, leaves)
             _leave(config, leaves)
             with _begin(config, data, run, listen, trains=trains) as owner:
@@ -257,13 +261,15 @@ def _fit(
             failure_config=FailureConfig(max_failures=-1, controller_failure_limit=-1),
         ),
     )
+    worker_log = WorkerLog(run, owner.number)
     watch = Watch(config.name, mailbox, limits, placement, owner, listen, leaves)
     failure: Exception | None = None
     on_interrupt = signal.getsignal(signal.SIGINT)
     try:
         watch.start()
         try:
-            trainer.fit()
+            with worker_log:
+                trainer.fit()
         finally:
             watch.fit_has_ended()
     except (SystemExit, KeyboardInterrupt):  # what Ray's own SIGINT handler makes of Ctrl-C, and of the watch's call
@@ -326,7 +332,9 @@ def _work(settings: dict[str, Any]) -> None:
     def emit(event: Event) -> None:
         mailbox.put.remote([event])
 
-    with tells_its_stacks(), Heart(mailbox, group, here, size, pulse), warnings_told(emit, here.rank):
+    what = f"{device}, {settings['cpus']} CPU(s), start {number} of this driver's workers"
+    heart = Heart(mailbox, group, here, size, pulse)
+    with tells_its_stacks(), heart, warnings_told(emit, here.rank), speaks(here.rank, size, what):
         try:
             share = largest_share(size, batch.global_batch_size, batch.bn_group_size)
             world = World.from_process_group(device, share)
@@ -341,7 +349,9 @@ def _work(settings: dict[str, Any]) -> None:
             trains = settings["trains"]
             do_job(config, world, attempt=attempt, cpus=settings["cpus"], emit=emit, pulse=pulse, trains=trains)
             ray.get(mailbox.end.remote(group))
+            _log.info("done")
         except Exception as error:
+            _log.exception("this worker ends")
             kind = classify(error, pulse.phase)
             if kind is FailureClass.USER and pulse.phase is Phase.START and number > 1:
                 kind = FailureClass.INFRASTRUCTURE  # it has worked before: this machine lacks something

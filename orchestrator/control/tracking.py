@@ -19,7 +19,8 @@ from typing import Any
 from orchestrator.control.comparison import DataNote
 from orchestrator.control.curves import Curve, EventKind, draw_curves
 from orchestrator.control.entries import RESERVED_KEYS, Account, Entry, RunStatus, flattened
-from orchestrator.control.mlflow_store import MlflowRun, check, default_uri, first_line, masked, one_line
+from orchestrator.control.mlflow_store import MlflowRun, check, default_uri, first_line, one_line
+from orchestrator.masking import masked
 
 __all__ = ["Delivery", "RunStatus", "Tracker", "check", "default_uri"]
 

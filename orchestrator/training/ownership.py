@@ -259,6 +259,14 @@ def has_released(run: Storage) -> bool:
     return start is not None and _released(run, start.claim)
 
 
+def driver_at_work(run: Storage) -> Start | None:
+    """The newest driver, unless it is known to have ended; one that was killed on another machine is not known to."""
+    start = _read(run, newest_attempt(run))
+    if start is None or _released(run, start.claim) or _process_lives(start) is False:
+        return None
+    return start
+
+
 # -- the driver before ----------------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@
                            labels, the recipe and where the data set was
     attempts/              see ownership.py
     checkpoints/           see checkpoint.py
+    logs/                  what its workers have printed (control/worker_log.py)
     finished.json          the outcome, published last
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 from orchestrator.config import ModelConfig, ScheduleConfig, TrainConfig
 from orchestrator.control.faults import NETWORK, ORDERS_VARIABLE, Orders
 from tests.cluster.slurm_cluster import SlurmCluster, missing, wait_for
+from tests.jobs.tiny_campaign import make_plainly, submission, words
 from tests.training.group import check_equal, options, run_to_end, small_config, weights_digest
 
 ROOT = Path(__file__).parents[2]
@@ -45,16 +47,13 @@ def config_of(data: Path, storage: Path) -> TrainConfig:
 
 
 class Launched:
-    """A run of two workers, each on a node of its own, and what one may ask about it."""
+    """A job called ``r``, and what one may ask about it."""
 
-    def __init__(self, slurm: SlurmCluster, config: TrainConfig, folder: Path, *more: str) -> None:
+    def __init__(self, slurm: SlurmCluster, folder: Path, *words: str) -> None:
         self.slurm, self.folder = slurm, folder
         self._environment = os.environ | slurm.environment | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-        words = [sys.executable, "jobs/imagenet.py", "resnet18", *options(config), "--placement.num-workers", "2"]
-        words += ["--placement.cpus-per-worker", "1", "--tracking.uri", f"sqlite:///{folder}/mlflow.db"]
-        words += ["--guard.lease-s", "10", "--guard.wait-for-workers-s", "60"]
-        words += ["--on", "slurm", "--launches", str(folder / "launches"), "--slurm.nodes", "2"]
-        self.words = [*words, "--slurm.time-min", "5", "--slurm.warning-s", "60", "--slurm.mem-gb", "4", *more]
+        self.words = [sys.executable, *words, "--on", "slurm", "--launch-name", "r"]
+        self.words += ["--launches", str(folder / "launches"), "--slurm.mem-gb", "4"]
         self.submit()
 
     def submit(self) -> str:
@@ -71,8 +70,13 @@ class Launched:
     def job_id(self) -> str:
         return self.slurm.run("squeue", "-h", "-o", "%i").split()[0]
 
-    def wait_for_log(self, text: str, times: int = 1) -> None:
-        log = self.folder / "launches" / "r" / "000001" / "log.txt"
+    @property
+    def launched(self) -> Path:
+        """The folder of the first launch."""
+        return self.folder / "launches" / "r" / "000001"
+
+    def wait_for_log(self, text: str, times: int = 1, member: str = "") -> None:
+        log = self.launched / (f"members/{member}/log.txt" if member else "log.txt")
         wait_for(lambda: log.exists() and log.read_text().count(text) >= times, lambda: self._trouble(text), 300)
 
     def wait_for_status(self, text: str) -> None:
@@ -84,15 +88,24 @@ class Launched:
         self.slurm.run("scontrol", "update", f"jobid={self.job_id}", "StartTime=now")
 
     def _trouble(self, text: str) -> str:
-        told = [f"{p}:\n{p.read_text()[-2000:]}" for p in sorted(self.folder.rglob("slurm/*.out"))]
+        told = [f"{p}:\n{p.read_text()[-2000:]}" for p in sorted(self.launched.glob("slurm*/*.out"))]
         return "\n".join([f"{text!r} is awaited", self.ask("status"), self.ask("log"), *told])
+
+
+def launched(slurm: SlurmCluster, config: TrainConfig, folder: Path, *more: str) -> Launched:
+    """A run of two workers, each on a node of its own."""
+    words = ["jobs/imagenet.py", "resnet18", *options(config), "--placement.num-workers", "2"]
+    words += ["--placement.cpus-per-worker", "1", "--tracking.uri", f"sqlite:///{folder}/mlflow.db"]
+    words += ["--guard.lease-s", "10", "--guard.wait-for-workers-s", "60"]
+    words += ["--slurm.nodes", "2", "--slurm.time-min", "5", "--slurm.warning-s", "60"]
+    return Launched(slurm, folder, *words, *more)
 
 
 def test_warned_and_stopped_it_goes_on_and_ends_with_the_same_weights(
     slurm: SlurmCluster, prepared: Path, plain: Path, tmp_path: Path
 ) -> None:
     config = config_of(prepared, tmp_path / "runs")
-    job = Launched(slurm, config, tmp_path)
+    job = launched(slurm, config, tmp_path)
     assert "launched already: r on slurm" in job.submit()
     # What SLURM sends before the time limit, or before it gives the nodes to somebody else.
     job.wait_for_log("r  step 4/24")
@@ -119,7 +132,7 @@ def test_a_node_that_dies_takes_the_start_down_and_the_next_one_goes_on(
 ) -> None:
     config = config_of(prepared, tmp_path / "runs")
     config = replace(config, rhythm=replace(config.rhythm, checkpoint_every_steps=3))
-    job = Launched(slurm, config, tmp_path)
+    job = launched(slurm, config, tmp_path)
     job.wait_for_log("r  step 5/24")
     slurm.kill_node("n2")
     slurm.start_node("n2")
@@ -134,9 +147,9 @@ def test_a_time_limit_and_a_requeue_by_hand_change_nothing(
 ) -> None:
     config = replace(config_of(prepared, tmp_path / "runs"), model=ModelConfig(factory=NETWORK))
     orders = Orders(str(tmp_path / "orders"))
-    orders.pace(3.0)  # seconds a step: it is not done within two minutes
+    orders.pace(6.0)  # seconds a step: it is not done within three minutes, but begun on a busy machine
     monkeypatch.setenv(ORDERS_VARIABLE, orders.url)
-    job = Launched(slurm, config, tmp_path, "--slurm.time-min", "2")
+    job = launched(slurm, config, tmp_path, "--slurm.time-min", "3")
     job.wait_for_log("SLURM takes the nodes away in 60 s: a checkpoint, then the queue")
     job.wait_for_log("left: run 'r' left its place at step")
     job.begin_now()
@@ -156,10 +169,10 @@ def test_two_jobs_share_a_node_and_the_status_of_each_is_told(
 ) -> None:
     config = replace(config_of(prepared, tmp_path / "runs"), schedule=ScheduleConfig(max_steps=200, lr=0.003))
     one = ("--slurm.nodes", "1", "--slurm.cpus-per-node", "2", "--slurm.extra", "nodelist=n1")
-    first = Launched(slurm, config, tmp_path / "first", *one)
+    first = launched(slurm, config, tmp_path / "first", *one)
     config = replace(config, storage=str(tmp_path / "others"), schedule=ScheduleConfig(max_steps=6, lr=0.003))
-    second = Launched(slurm, config, tmp_path / "second", *one)
-    third = Launched(slurm, config, tmp_path / "third", *one, "--slurm.cpus-per-node", "4")
+    second = launched(slurm, config, tmp_path / "second", *one)
+    third = launched(slurm, config, tmp_path / "third", *one, "--slurm.cpus-per-node", "4")
     assert "r: waiting on slurm (Resources)" in third.ask("status") or "(Priority)" in third.ask("status")
     third.ask("stop")
     third.wait_for_status("r: stopped on slurm")
@@ -175,12 +188,82 @@ def test_two_jobs_share_a_node_and_the_status_of_each_is_told(
     assert "left: run 'r' left its place at step" in first.ask("log"), log
     # Another config under the name of a run that is begun: the job itself fails, and says so.
     config = replace(config, storage=str(tmp_path / "runs"), seed=7)
-    fourth = Launched(slurm, config, tmp_path / "fourth", *one)
+    fourth = launched(slurm, config, tmp_path / "fourth", *one)
     fourth.wait_for_status("r: failed on slurm (exit code 2")
 
 
 def test_cancelled_by_hand_it_says_so(slurm: SlurmCluster, prepared: Path, tmp_path: Path) -> None:
-    job = Launched(slurm, config_of(prepared, tmp_path / "runs"), tmp_path)
+    job = launched(slurm, config_of(prepared, tmp_path / "runs"), tmp_path)
     job.wait_for_log("r  step 1/24")
     slurm.run("scancel", job.job_id)
-    job.wait_for_status("stopped on slurm (SLURM: CANCELLED; the same command goes on)")
+    job.wait_for_status("the same command goes on")
+    assert "r: stopped on slurm (" in job.ask("status")
+    # It may be killed before it has written how it ended; then SLURM forgets it, and nobody can tell any more.
+    (job.launched / "ended.json").unlink(missing_ok=True)
+    job.wait_for_status("lost on slurm (SLURM does not know it any more")
+
+
+def test_the_members_of_a_campaign_as_a_job_array(
+    slurm: SlurmCluster, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = ("--change", f"r34:model.factory={NETWORK}")
+    arguments = words(prepared, tmp_path / "runs", "c", *slow)
+    orders = Orders(str(tmp_path / "orders"))
+    orders.pace(3.0)  # seconds a step
+    monkeypatch.setenv(ORDERS_VARIABLE, orders.url)
+    job = Launched(slurm, tmp_path, "jobs/campaign.py", *arguments, "--slurm.array", "--slurm.cpus-per-node", "2")
+    assert "launched already: r on slurm" in job.submit()
+    record = json.loads((job.launched / "job.json").read_text())["handle"]
+    job.wait_for_log("r34  step 2/6", member="r34")
+    assert "r34 running (on n" in job.ask("status")
+    # One is queued again; the last job waits for it.
+    assert slurm.run("scontrol", "requeue", record["job_id/r34"]) == ""
+    wait_for(lambda: "r34: waiting on slurm" in job.ask("status", "--member", "r34"), lambda: job.ask("status"), 300)
+    for member in ("r18-a", "r18-b"):
+        wait_for(
+            lambda member=member: "finished on slurm" in job.ask("status", "--member", member),
+            lambda: job.ask("log"),
+            300,
+        )
+    assert "r: waiting on slurm (r18-a finished; r18-b finished; r34 waiting" in job.ask("status")
+    assert slurm.run("squeue", "-h", "-j", record["job_id"], "-o", "%T %r").strip() == "PENDING Dependency"
+    orders.pace(0.0)
+    slurm.run("scontrol", "update", f"jobid={record['job_id/r34']}", "StartTime=now")
+    job.wait_for_log("going on from the checkpoint of step", member="r34")
+    job.wait_for_status("r: finished on slurm")
+    assert "starts with" not in (job.launched / "log.txt").read_text()  # the last job has trained none
+    assert "3 of 3 members done; all is published" in job.ask("log")
+    monkeypatch.delenv(ORDERS_VARIABLE)
+    alone = words(prepared, tmp_path / "alone", "c", *slow)
+    make_plainly(alone)
+    assert submission(tmp_path / "runs" / "c") == submission(tmp_path / "alone" / "c")
+
+
+def test_an_array_is_stopped_and_goes_on_and_the_last_job_trains_what_is_missing(
+    slurm: SlurmCluster, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = ("--change", f"model.factory={NETWORK}")
+    orders = Orders(str(tmp_path / "orders"))
+    orders.pace(3.0)
+    monkeypatch.setenv(ORDERS_VARIABLE, orders.url)
+    arguments = words(prepared, tmp_path / "runs", "c", *slow)
+    one = ("--slurm.array", "--slurm.cpus-per-node", "2", "--max-at-once", "2")
+    job = Launched(slurm, tmp_path, "jobs/campaign.py", *arguments, *one)
+    for member in ("r18-a", "r18-b"):
+        job.wait_for_log(f"{member}  step 1/6", member=member)
+    assert "r34 waiting (JobArrayTaskLimit)" in job.ask("status")
+    job.ask("stop")
+    job.wait_for_status("r: stopped on slurm")
+    assert slurm.run("squeue", "-h") == ""
+    assert list((tmp_path / "runs" / "c" / "members" / "r18-a" / "checkpoints").iterdir())
+    assert not (tmp_path / "runs" / "c" / "journal").exists()
+    job.submit()
+    second = tmp_path / "launches" / "r" / "000002"
+    wait_for((second / "members" / "r18-b" / "log.txt").exists, lambda: job.ask("log"), 300)
+    # A member's job that somebody has cancelled is made up for by the last one.
+    slurm.run("scancel", json.loads((second / "job.json").read_text())["handle"]["job_id/r34"])
+    orders.pace(0.0)
+    job.wait_for_status("r: finished on slurm")
+    log = (second / "log.txt").read_text()
+    assert "r34 starts with" in log
+    assert "r18-a starts with" not in log

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -73,7 +74,10 @@ def config_of(data: Path, storage: Path) -> TrainConfig:
 
 
 def check(config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a plain process group that nothing has disturbed."""
+    """As in a plain process group that nothing has disturbed. What the workers of both hosts printed is kept."""
+    log = "".join(path.read_text() for path in (Path(config.storage) / "r" / "logs").iterdir())
+    begun = re.findall(r"rank \d  \S+ ([\d.]+) \| worker of rank \d of 2", log)
+    assert set(begun) == {"10.77.0.11", "10.77.0.12"}, log
     monkeypatch.delenv(ORDERS_VARIABLE)
     check_equal(Path(config.storage) / "r", run_to_end(replace(config, storage=str(tmp_path / "plain")), 2))
 

@@ -225,6 +225,8 @@ def test_no_fault_changes_what_a_run_ends_with(seed: int, tmp_path: Path) -> Non
     for name in SAID_BY.keys() & set(names):
         assert SAID_BY[name] in said, said
     assert not any(word in said for word in ("Traceback", "(pid=")), said
+    log = "".join(path.read_text() for path in sorted((disturbed / "logs").iterdir()))
+    assert all(f"| worker of rank {rank} of 2, process " in log for rank in (0, 1))
     assert not (disturbed / "ray").exists()  # nor is there what a killed driver has left
     check_a_finished_run(config, out, disturbed)
 

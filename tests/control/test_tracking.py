@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from orchestrator.control import mlflow_store
-from orchestrator.control.mlflow_store import few_system_metrics, masked
+from orchestrator.control.mlflow_store import few_system_metrics
 from orchestrator.control.tracking import MAX_METRIC_KEYS, RunStatus, Tracker, check, default_uri
+from orchestrator.masking import masked
 from tests.control.tracked import (
     assert_complete,
     decision,

@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,53 +22,23 @@ from rich.console import Console
 
 from jobs import campaign as job
 from jobs.campaign_display import Display
-from orchestrator.campaign import opening
 from orchestrator.campaign import products as campaign_products
 from orchestrator.campaign import status as campaign_status
 from orchestrator.campaign.decisions import Entry, Kind
 from orchestrator.campaign.journal import Journal, fix_identity
 from orchestrator.campaign.member import MemberProcess
-from orchestrator.campaign.opening import Opened
 from orchestrator.campaign.plan import Packing
 from orchestrator.campaign.status import State
-from orchestrator.config import TrainConfig
-from orchestrator.control import checks, supervisor
+from orchestrator.control import checks
 from orchestrator.storage import Storage
 from orchestrator.training.ownership import claim
+from orchestrator.training.run import run_storage
 from tests.jobs.conftest import Run
-from tests.training.group import CONTEXT, EVERY_FAULT, fault_seeds
+from tests.jobs.tiny_campaign import MEMBERS, make_plainly, opened, submission, words
+from tests.training.group import EVERY_FAULT, fault_seeds
 
 ROOT = Path(__file__).parents[2]
-MEMBERS = ("r18-a", "r18-b", "r34")
 KILLS = 10 if EVERY_FAULT else 1
-
-
-def words(data: Path, storage: Path, name: str, *more: str) -> list[str]:
-    """The demo's three members as networks of a few thousand weights, 6 steps each."""
-    changes = {
-        "model.factory": "tests.training.networks:tiny",
-        "batch.global_batch_size": "24",
-        "batch.bn_group_size": "8",
-        "schedule.max_steps": "6",
-        "schedule.lr": "0.01",
-        "rhythm.log_every_steps": "1",
-        "rhythm.checkpoint_every_steps": "2",
-        "rhythm.validation_batch_size": "30",
-    }
-    return [
-        *("demo", "--data", str(data), "--storage", str(storage), "--name", name, "--workers-per-member", "1"),
-        *("--evaluation.protocols", "one_crop", "ten_crop", "--evaluation.precise-bn-images", "16"),
-        *("--placement.cpus-per-worker", "1", "--guard.lease-s", "5"),
-        # Nobody answers there: nothing waits for it.
-        *("--tracking.uri", "http://127.0.0.1:9", "--tracking.wait-s", "0"),
-        *(word for field, value in changes.items() for word in ("--change", f"{field}={value}")),
-        *more,
-    ]
-
-
-def opened(arguments: list[str]) -> Opened:
-    """The campaign of a command line, as its driver sees it."""
-    return opening.check(opening.resolve(job.parse(arguments).campaign))
 
 
 class Driven:
@@ -177,39 +148,12 @@ def moments(folder: Path) -> dict[str, Callable[[], bool]]:
 # -- what a campaign comes to, undisturbed --------------------------------------------------------------------------
 
 
-def _train(config: dict[str, object]) -> None:
-    import torch
-
-    torch.set_num_threads(1)
-    supervisor.run_in_process_group(TrainConfig.from_json(config), lambda event: None)
-
-
 @pytest.fixture(scope="module")
 def clean(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the same campaign, made without Ray and driver: each member in a plain process."""
+    """The folder of the same campaign, made without Ray and driver."""
     storage = tmp_path_factory.mktemp("clean")
-    what = opened(words(prepared, storage, "c"))
-    configs = what.plan.campaign.run_configs()
-    processes = [CONTEXT.Process(target=_train, args=(config.to_json(),)) for config in configs.values()]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(600)
-        assert process.exitcode == 0
-    publish(what)
+    make_plainly(words(prepared, storage, "c"))
     return storage / "c"
-
-
-def publish(what: Opened) -> None:
-    campaign = what.plan.campaign
-    campaign_products.build_ensembles(what.folder, campaign, MEMBERS, what.data_sha256)
-    assert campaign.submitted
-    campaign_products.write_submission(what.folder, campaign.submitted, what.data)
-
-
-def submission(folder: Path) -> bytes:
-    (path,) = (folder / "submission").glob("*.txt")
-    return path.read_bytes()
 
 
 # -- tests ----------------------------------------------------------------------------------------------------------
@@ -252,6 +196,11 @@ def test_killed_anywhere_a_campaign_ends_with_the_same_submission(
     assert "starts with" not in page
     assert sorted(folder.glob("members/*/*/*")) == before
 
+    code, page = typed("member", "r34", *arguments, main=job.main)
+    assert code == 0
+    assert "r34: 6 steps done" in page
+    assert sorted(folder.glob("members/*/*/*")) == before
+
     code, page = typed(*arguments, "--seed", "3", main=job.main)
     assert code == 2
     assert "campaign 'c' exists as another (old → new): members.r18-a.seed: 0 → 3000" in page
@@ -271,6 +220,34 @@ def check_journal(entries: list[Entry]) -> None:
             assert entry.detail["asked"] or entry.detail["code"] == 0, entry
     assert not running
     assert entries[-1].kind is Kind.DONE
+
+
+def test_a_member_that_is_trained_alone_is_seen(prepared: Path, tmp_path: Path) -> None:
+    what = opened(words(prepared, tmp_path, "c"))
+    fix_identity(what.folder, what.plan, what.data_sha256)
+    config = what.plan.campaign.run_configs()["r34"]
+    with claim(run_storage(config), lease_s=5, take_over=False, tell=print):
+        rows = {row.name: row for row in campaign_status.read(what.folder).rows}
+    assert {name: row.state for name, row in rows.items() if row.is_running} == {"r34": State.TRAINING}
+    assert rows["r34"].where == socket.gethostname()
+    assert not any(row.is_running for row in campaign_status.read(what.folder).rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("member",), "member needs the name of one first"),
+        (("member", "--name", "c"), "member needs the name of one first"),
+        (("member", "r43"), "there is no member 'r43' in this campaign: choose one of r18-a, r18-b, r34"),
+        (("member", "r34", "--on", "slurm", "--slurm.array"), "--slurm.array is for a campaign"),
+    ],
+)
+def test_wrong_members(arguments: tuple[str, ...], said: str, prepared: Path, tmp_path: Path, typed: Run) -> None:
+    more = words(prepared, tmp_path, "c") if len(arguments) > 1 and arguments[1].startswith("r") else []
+    code, text = typed(*arguments[:2], *more, *arguments[2:], main=job.main)
+    assert code == 2
+    assert said in text
+    assert not (tmp_path / "c").exists()
 
 
 @pytest.mark.skipif(not EVERY_FAULT, reason="two minutes: make test-faults; decisions: tests/campaign")

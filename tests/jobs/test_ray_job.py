@@ -62,6 +62,12 @@ def test_a_submitted_job_trains(head: Head, prepared: Path, tmp_path: Path) -> N
     assert "start number 1 of this run" in text
     outcome = json.loads((tmp_path / "runs" / "submitted" / "finished.json").read_text())
     assert outcome["steps"] == 2
+    # What its workers printed, in one place.
+    (log,) = (tmp_path / "runs" / "submitted" / "logs").iterdir()
+    for rank in (0, 1):
+        said = [line.partition(" | ")[2] for line in log.read_text().splitlines() if f"  rank {rank}  " in line]
+        assert said[0].startswith(f"worker of rank {rank} of 2, process ")
+        assert said[-1] == "INFO orchestrator.control.supervisor: done"
 
     # Without the token nobody gets in.
     stranger = head.stranger(tmp_path)
