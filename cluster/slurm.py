@@ -28,8 +28,8 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from enum import Enum
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import submitit
@@ -79,6 +79,7 @@ class Slurm:
             job_id = _submit_once(folder / _OWN, _behind(parameters, array_id), [self._start(job, folder)])
         except ValueError:
             _slurm("scancel", array_id)
+            shutil.rmtree(folder / _ARRAY)  # else the next try would take it for one that waits
             raise
         ids = [array_id] if len(starts) == 1 else [f"{array_id}_{number}" for number in range(len(starts))]
         return {"job_id": job_id} | {f"job_id/{name}": id for name, id in zip(job.array.argv, ids, strict=True)}
@@ -140,7 +141,12 @@ def _status_of(job: Job, folder: Path) -> Status:
 
 def _state_of(number: str) -> str:
     """A job's state as SLURM remembers it; "" where it does not."""
-    match = re.search(r"JobState=(\S+)", _slurm("scontrol", "show", "job", number, "--oneliner"))
+    return _field(_slurm("scontrol", "show", "job", number, "--oneliner"), "JobState")
+
+
+def _field(text: str, name: str) -> str:
+    """Of what ``scontrol show`` prints; "" where it is not there."""
+    match = re.search(rf"\b{name}=(\S+)", text)
     return match.group(1) if match else ""
 
 
@@ -238,6 +244,14 @@ def _words(text: str) -> str:
 # -- on the nodes ---------------------------------------------------------------------------------------------------
 
 
+class _Fate(Enum):
+    """Of a job whose start goes wrong."""
+
+    STAYS = "stays"  # it has its nodes still: what goes wrong is not SLURM's doing
+    QUEUED = "queued"  # SLURM has queued it again
+    ENDED = "ended"  # by scancel, or at its time limit
+
+
 class Start:
     """What each node's task does: called once a start. Stateless, for SLURM runs the same pickle again."""
 
@@ -246,15 +260,14 @@ class Start:
         self._job, self._folder, self._settings, self._environment = job, folder, settings, environment
         self._driver: subprocess.Popen[bytes] | None = None
         self._ray: RayOnNodes | None = None
-        self._is_terminated = False
 
     def __call__(self) -> int:
         """The job's exit code."""
-        signal.signal(signal.SIGTERM, self._on_terminate)  # submitit passes over it
         self._ray = ray = self._ray_here()
         if submitit.JobEnvironment().global_rank:
             ray.join()
             return 0
+        (self._folder / "ended.json").unlink(missing_ok=True)  # of an earlier start
         code, said = 1, ""
         try:
             with ray.head() as address:
@@ -262,8 +275,11 @@ class Start:
         except AllocationError as error:
             said = str(error)
             self._print(f"error: {said}")
-        if code != 0 and self._is_cancelled():  # whatever became of the driver, whose Ray was ended with it
-            code, said = STOPPED[-1], "ended by SLURM (scancel): the same command goes on"
+        fate = self._fate() if code else _Fate.STAYS
+        if fate is _Fate.QUEUED:
+            sys.exit(code)  # the next start says how the job ends
+        if fate is _Fate.ENDED:  # whatever became of the driver, whose Ray was ended with it
+            code, said = STOPPED[-1], "ended by SLURM (cancelled, or its time was over): the same command goes on"
         elif code != 0 and said and ray.is_lost and not (self._folder / "stop").exists():
             starts = sum(1 for _ in self._folder.glob(f"ray-*/{_LOST}")) + 1
             ray.mark(_LOST)
@@ -278,14 +294,15 @@ class Start:
             sys.exit(code)
         return code
 
-    def _on_terminate(self, number: int, frame: FrameType | None) -> None:
-        """SLURM ends all processes of the start: by scancel, to queue it again, or since a node is gone."""
-        self._is_terminated = True
-
-    def _is_cancelled(self) -> bool:
+    def _fate(self) -> _Fate:
+        """What SLURM does with the job now. While its processes still end, all that is shown of it is COMPLETING."""
+        text = ""
         with suppress(OSError, ValueError):
-            return self._is_terminated and _state_of(submitit.JobEnvironment().job_id) == "CANCELLED"
-        return False
+            text = _slurm("scontrol", "show", "job", submitit.JobEnvironment().job_id, "--oneliner")
+        if _field(text, "JobState") in ("", "RUNNING"):
+            return _Fate.STAYS
+        is_next = int(_field(text, "Restarts") or 0) > int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+        return _Fate.QUEUED if is_next else _Fate.ENDED
 
     def _ray_here(self) -> RayOnNodes:
         here, settings = submitit.JobEnvironment(), self._settings

@@ -22,7 +22,7 @@ from orchestrator.control.terminal import duration
 from orchestrator.storage import Storage
 from orchestrator.training.checkpoint import newest_journal
 from orchestrator.training.finished_model import find_model
-from orchestrator.training.ownership import driver_at_work, has_released
+from orchestrator.training.ownership import driver_at_work
 from orchestrator.training.run import finished, run_storage
 
 _RATE_EVENTS = 20  # measurements of training over which the speed is taken
@@ -98,8 +98,8 @@ def _row(folder: Storage, name: str, about: About, account: Account) -> Row:
     if entry is not None and entry.kind is Kind.STARTED:
         process = process_from(entry.detail["process"])
         lives = process.lives()
-        # Of another machine's nothing is known from here, but that no member outlives its driver.
-        is_running = not has_released(folder) if lives is None else lives
+        # Of another machine's nothing is known from here, but that no member outlives the campaign's driver.
+        is_running = driver_at_work(folder) is not None if lives is None else lives
         where, workers = process.host, int(entry.detail["workers"])
     done = is_done(config, about.data_sha256)
     if not is_running and not done and (driver := driver_at_work(run)) is not None:

@@ -20,8 +20,10 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -35,11 +37,13 @@ _HANDLER = "worker log"
 _NOISE = ("autoscaler", "PlacementGroupCleaner")  # of Ray's own processes: they speak every few seconds
 _BEGINS = "worker of rank {rank} of {size}, process {pid} on {host}"
 _BEGUN = re.compile(r"worker of rank (\d+) of \d+, process \d+ on ([^\s:]+)")
+_ENDS = "end of this worker's log"
 _WRITE_EVERY_S = 1.0
 _PUBLISH_EVERY_S = 30.0  # where a file cannot grow: an object store
-_LAST_WORDS_S = 1.5  # Ray brings a line within half a second
+_LAST_WORDS_S = 1.5  # Ray brings a line within half a second; a worker that was killed cannot say that it ends
 _MOST_LAST_WORDS_S = 5.0
 _END_S = 15.0
+_SAME_S = 600.0  # lines of a raylet that differ in numbers alone are one in this time
 _MAX_LINE = 2000  # characters
 _MAX_WAITING = 20_000  # lines
 _PART_BYTES = 4 << 20
@@ -52,9 +56,7 @@ _MAX_PARTS = 64  # of a run: the oldest are removed
 def speaks(rank: int, size: int, what: str) -> Iterator[None]:
     """Within it this worker's process says who it is, and prints what it logs. ``what`` it is made of."""
     begins = _BEGINS.format(rank=rank, size=size, pid=os.getpid(), host=socket.gethostname())
-    for stream in (sys.stdout, sys.stderr):  # Ray keeps them apart
-        with suppress(OSError):  # a full disk: a log must not end a worker
-            print(f"{begins}: {what}", file=stream, flush=True)
+    _say(f"{begins}: {what}")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
     logger = logging.getLogger("orchestrator")
@@ -67,6 +69,14 @@ def speaks(rank: int, size: int, what: str) -> Iterator[None]:
     finally:
         logger.level, logger.propagate = before
         logger.removeHandler(handler)
+        _say(_ENDS)
+
+
+def _say(text: str) -> None:
+    """On both streams: Ray keeps them apart."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # a full disk: a log must not end a worker
+            print(text, file=stream, flush=True)
 
 
 # -- in the driver --------------------------------------------------------------------------------------------------
@@ -83,7 +93,8 @@ class WorkerLog:
         self._dropped = 0
         self._heard_s = time.monotonic()
         self._who: dict[tuple[str, str], str] = {}  # of an address and a process
-        self._last: dict[str, str] = {}  # of the raylet at an address: its last line, without the numbers
+        self._open: Counter[tuple[str, str]] = Counter()  # streams of workers that have not said that they end
+        self._last: dict[str, _Repeated] = {}  # of the raylet at an address
         self._part, self._text, self._published = 1, bytearray(), 0
         self._is_failing = False
         self._end = threading.Event()
@@ -99,12 +110,17 @@ class WorkerLog:
         _listen_to_ray(self.take)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and issubclass(kind, Exception):  # why is what one will look for
-            until_s = time.monotonic() + _MOST_LAST_WORDS_S  # a cluster that talks on must not hold up the driver
-            while time.monotonic() - self._heard_s < _LAST_WORDS_S and time.monotonic() < until_s:
-                time.sleep(0.1)
+    def __exit__(self, *_: object) -> None:
+        began_s = time.monotonic()  # a cluster that talks on must not hold up the driver
+        while (now_s := time.monotonic()) - began_s < _MOST_LAST_WORDS_S:
+            with self._lock:
+                if not any(self._open.values()) or now_s - max(began_s, self._heard_s) > _LAST_WORDS_S:
+                    break
+            time.sleep(0.05)
         _listen_to_ray(None)
+        with self._lock:
+            for address in list(self._last):
+                self._end_repetition(address)
         self._end.set()
         self._thread.join(_END_S)
 
@@ -116,18 +132,36 @@ class WorkerLog:
         with self._lock:
             for line in data["lines"]:
                 if begun := _BEGUN.match(line):
-                    who = f"rank {begun[1]}  {begun[2]} {process[0]}"
-                    if self._who.get(process) == who:
+                    self._open[process] += 1
+                    if self._open[process] == 2:
                         continue  # said on both streams
-                    self._who[process] = who
-                if process[1] == "raylet":  # a disk that fills up is told every ten seconds
-                    text = re.sub(r"[\d.:]+", "", line)
-                    if self._last.get(process[0]) == text:
-                        continue
-                    self._last[process[0]] = text
-                other = f"{data.get('actor_name') or 'process ' + process[1]}  {process[0]}"
-                self._add(self._who.get(process, other), line)
+                    self._who[process] = f"rank {begun[1]}  {begun[2]} {process[0]}"
+                elif line == _ENDS:
+                    self._open[process] -= 1
+                    continue
+                if process[1] == "raylet" and self._repeats(process[0], line):
+                    continue
+                self._add(self._name_of(data), line)
             self._heard_s = time.monotonic()
+
+    def _name_of(self, data: Mapping[str, Any]) -> str:
+        address, pid = str(data.get("ip", "")), str(data.get("pid", ""))
+        return self._who.get((address, pid), f"{data.get('actor_name') or 'process ' + pid}  {address}")
+
+    def _repeats(self, address: str, line: str) -> bool:
+        """Whether a raylet says what it has just said: that a disk fills up it tells every ten seconds."""
+        text, last = re.sub(r"[\d.:]+", "", line), self._last.get(address)
+        if last is not None and last.text == text and time.monotonic() - last.since_s < _SAME_S:
+            last.times += 1
+            return True
+        self._end_repetition(address)
+        self._last[address] = _Repeated(text, time.monotonic())
+        return False
+
+    def _end_repetition(self, address: str) -> None:
+        last = self._last.pop(address, None)
+        if last is not None and last.times:
+            self._add(self._name_of({"ip": address, "pid": "raylet"}), f"{last.times} more like the last one")
 
     def _add(self, who: str, line: str) -> None:
         if len(self._waiting) >= _MAX_WAITING:
@@ -174,6 +208,7 @@ class WorkerLog:
             if (path := self._run.local_path(name)) is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with path.open("ab") as stream:
+                    stream.truncate(min(self._published, stream.tell()))  # a write that failed may have left its half
                     stream.write(text[self._published :])
             else:
                 self._run.publish(name, bytes(text))
@@ -186,11 +221,23 @@ class WorkerLog:
         return True
 
 
+@dataclass
+class _Repeated:
+    """A line without its numbers. ``since_s``: by the monotonic clock; ``times`` that it was left out."""
+
+    text: str
+    since_s: float
+    times: int = 0
+
+
 def _listen_to_ray(handler: Callable[[Mapping[str, Any]], None] | None) -> None:
     """Give lines to ``handler``; None: to nobody."""
-    with suppress(ImportError, AttributeError):  # Ray's own parts: without them there is no log, and all else goes on
+    try:
         from ray._private.ray_logging import global_worker_stdstream_dispatcher as dispatcher
 
         dispatcher.remove_handler(_HANDLER)
         if handler is not None:
             dispatcher.add_handler(_HANDLER, handler)
+    except (ImportError, AttributeError) as error:  # Ray's own parts: all else goes on without them
+        if handler is not None:
+            _log.warning("what the workers print is not kept: this version of Ray does not bring it (%s)", error)

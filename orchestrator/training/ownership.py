@@ -28,6 +28,7 @@ from orchestrator.storage import Storage
 
 _BEATS_PER_LEASE = 5
 _RELEASE_S = 10.0  # at the end of a run its storage may be away: whoever comes next waits instead
+_LONG_SILENT_S = 600.0  # far more than any lease, or than two clocks may differ
 _TORN_S = 1.0  # longer than any writer leaves a record half-written
 
 
@@ -233,7 +234,7 @@ class Claim:
         while not self._end.is_set():
             # A store that is away must not end a driver, and its setting may be mended: tried again at the next beat.
             with suppress(OSError, ValueError):
-                self._write({"beat": beat})
+                self._write({"beat": beat, "time_s": int(time.time())})
             with suppress(OSError, ValueError):
                 seen = self._look(seen)
             beat += 1
@@ -253,18 +254,25 @@ class Claim:
         return seen if self.lost else newest
 
 
-def has_released(run: Storage) -> bool:
-    """Whether the newest driver has said that it ended."""
-    start = _read(run, newest_attempt(run))
-    return start is not None and _released(run, start.claim)
-
-
 def driver_at_work(run: Storage) -> Start | None:
-    """The newest driver, unless it is known to have ended; one that was killed on another machine is not known to."""
+    """The newest driver, unless it has ended, as far as that can be told at a glance: for whoever looks on.
+
+    One of another machine that was killed is found by its life signs: its clock is compared with this one, roughly.
+    """
     start = _read(run, newest_attempt(run))
-    if start is None or _released(run, start.claim) or _process_lives(start) is False:
+    if start is None or _released(run, start.claim):
         return None
-    return start
+    lives = _process_lives(start)
+    if lives is None:
+        lives = time.time() - _last_sign_s(run, start) < _LONG_SILENT_S
+    return start if lives else None
+
+
+def _last_sign_s(run: Storage, start: Start) -> float:
+    """When the driver of ``start`` last gave one, seconds since 1970 by its machine's clock."""
+    with suppress(FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError, AttributeError):
+        return float(json.loads(run.read(_lease_name(start.claim))).get("time_s", start.time_s))
+    return start.time_s
 
 
 # -- the driver before ----------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
 JobRequeue=1
 SlurmdTimeout=15
-KillWait=5
+KillWait=30
 MinJobAge=20
 SchedulerParameters=batch_sched_delay=1,sched_interval=5,sched_min_interval=100000
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={first} CPUs=4 RealMemory=10000
@@ -111,6 +111,20 @@ class SlurmCluster:
             except psutil.Error:
                 continue
         self._processes.pop(f"slurmd-{node}").wait()
+
+    def kill_ray(self, job_id: str) -> None:
+        """SIGKILL to the Ray of a job, which may be an array's element (ID_N)."""
+        number, _, element = job_id.partition("_")
+        wanted = {"SLURM_ARRAY_JOB_ID": number, "SLURM_ARRAY_TASK_ID": element} if element else {"SLURM_JOB_ID": number}
+        wanted |= self.environment
+        victims = [
+            process
+            for process in psutil.process_iter(["environ", "name"])
+            if process.info["name"] == "raylet" and wanted.items() <= (process.info["environ"] or {}).items()
+        ]
+        assert victims, f"job {job_id} has no Ray"
+        for process in victims:
+            process.kill()
 
     def run(self, *words: str) -> str:
         """What one of SLURM's commands prints."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from cluster.launch import Array, Job, Where
+from cluster.settings import SlurmSettings
+from cluster.slurm import Slurm
 from orchestrator.config import ModelConfig, ScheduleConfig, TrainConfig
 from orchestrator.control.faults import NETWORK, ORDERS_VARIABLE, Orders
 from tests.cluster.slurm_cluster import SlurmCluster, missing, wait_for
@@ -199,8 +203,34 @@ def test_cancelled_by_hand_it_says_so(slurm: SlurmCluster, prepared: Path, tmp_p
     job.wait_for_status("the same command goes on")
     assert "r: stopped on slurm (" in job.ask("status")
     # It may be killed before it has written how it ended; then SLURM forgets it, and nobody can tell any more.
-    (job.launched / "ended.json").unlink(missing_ok=True)
+    assert json.loads((job.launched / "ended.json").read_text())["said"].startswith("ended by SLURM")
+    assert "queued again" not in job.ask("log")
+    (job.launched / "ended.json").unlink()
     job.wait_for_status("lost on slurm (SLURM does not know it any more")
+
+
+def test_a_refused_job_leaves_no_array_behind(
+    slurm: SlurmCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_CONF", slurm.environment["SLURM_CONF"])
+    array = Array({"a": ("jobs/none.py",), "b": ("jobs/none.py",)}, 0)
+    job = Job("r", 1, Where.SLURM, ("jobs/none.py",), str(ROOT), "", {}, array)
+    launcher = Slurm(SlurmSettings(time_min=10, extra=("begin=now+60",)))
+    try:
+        first = launcher.submit(job, tmp_path)["job_id/a"]
+        # As if whoever launched it had been killed between the two.
+        slurm.run("scancel", next((tmp_path / "slurm").glob("*_submission.sh")).name.partition("_")[0])
+        shutil.rmtree(tmp_path / "slurm")
+        slurm.run("scontrol", "update", "partition=main", "state=DRAIN")
+        with pytest.raises(ValueError, match="SLURM does not take the job"):
+            launcher.submit(job, tmp_path)
+        assert slurm.run("squeue", "-h", "--states", "PENDING,RUNNING") == ""
+    finally:
+        slurm.run("scontrol", "update", "partition=main", "state=UP")
+    second = launcher.submit(job, tmp_path)["job_id/a"]
+    assert second.partition("_")[0] != first.partition("_")[0]
+    assert slurm.run("squeue", "-h", "-j", second, "-o", "%T").strip() == "PENDING"
+    slurm.run("scancel", "--state=PENDING", "--user=root")
 
 
 def test_the_members_of_a_campaign_as_a_job_array(
@@ -216,8 +246,8 @@ def test_the_members_of_a_campaign_as_a_job_array(
     record = json.loads((job.launched / "job.json").read_text())["handle"]
     job.wait_for_log("r34  step 2/6", member="r34")
     assert "r34 running (on n" in job.ask("status")
-    # One is queued again; the last job waits for it.
-    assert slurm.run("scontrol", "requeue", record["job_id/r34"]) == ""
+    # One loses its Ray: it alone is queued again, and the last job waits for it.
+    slurm.kill_ray(record["job_id/r34"])
     wait_for(lambda: "r34: waiting on slurm" in job.ask("status", "--member", "r34"), lambda: job.ask("status"), 300)
     for member in ("r18-a", "r18-b"):
         wait_for(
@@ -231,6 +261,8 @@ def test_the_members_of_a_campaign_as_a_job_array(
     slurm.run("scontrol", "update", f"jobid={record['job_id/r34']}", "StartTime=now")
     job.wait_for_log("going on from the checkpoint of step", member="r34")
     job.wait_for_status("r: finished on slurm")
+    starts = {name: len(list(job.launched.glob(f"members/{name}/ray-*"))) for name in ("r18-a", "r18-b", "r34")}
+    assert starts == {"r18-a": 1, "r18-b": 1, "r34": 2}
     assert "starts with" not in (job.launched / "log.txt").read_text()  # the last job has trained none
     assert "3 of 3 members done; all is published" in job.ask("log")
     monkeypatch.delenv(ORDERS_VARIABLE)

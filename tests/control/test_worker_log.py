@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import subprocess
 import sys
 import threading
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -46,7 +48,6 @@ def test_each_line_has_its_time_its_rank_and_its_node(tmp_path: Path) -> None:
         log.take(told("x" * 5000, pid=56))
         log.take(told("y" * 1950 + " https://me:" + "hidden" * 20 + "@host", pid=58))
         log.take(told("[05:19:30 E 11] /tmp is 95% full, available: 12.3 GB", pid="raylet"))
-        log.take(told("[05:19:40 E 11] /tmp is 95% full, available: 12.1 GB", pid="raylet"))
     assert run.files("logs") == ["logs/000003-0001.log"]
     assert "hidden" not in kept(run)
     assert kept(run).splitlines()[:4] + kept(run).splitlines()[5:] == [
@@ -78,6 +79,49 @@ def test_it_stays_small(where: str, tmp_path: Path, s3: S3Server, monkeypatch: p
     assert all(run.size_bytes(name) < 600 for name in names)
 
 
+def test_what_a_raylet_repeats_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Storage(str(tmp_path))
+    with log_of(run) as log:
+        for number in range(4):
+            log.take(told(f"[05:19:{number}0 E 11] /tmp is 95% full, available: 12.{number} GB", pid="raylet"))
+        log.take(told("a worker was killed: 31 GB", pid="raylet"))
+        monkeypatch.setattr(worker_log, "_SAME_S", 0.0)  # days later
+        log.take(told("a worker was killed: 32 GB", pid="raylet"))
+        monkeypatch.setattr(worker_log, "_SAME_S", 600.0)
+        log.take(told("a worker was killed: 33 GB", pid="raylet"))
+    said = [line.partition(" | ")[2] for line in kept(run).splitlines()]
+    assert said == [
+        "[05:19:00 E 11] /tmp is 95% full, available: 12.0 GB",
+        "3 more like the last one",
+        "a worker was killed: 31 GB",
+        "a worker was killed: 32 GB",
+        "1 more like the last one",
+    ]
+
+
+@pytest.mark.parametrize("how", [None, RuntimeError, SystemExit])
+def test_last_words_are_waited_for(how: type[BaseException] | None, tmp_path: Path) -> None:
+    run, log = Storage(str(tmp_path)), log_of(Storage(str(tmp_path)))
+    begins, ends = "worker of rank 0 of 1, process 55 on n1: cpu", "end of this worker's log"
+
+    def speak() -> None:
+        time.sleep(0.5)
+        log.take(told("why"))
+        log.take(told(ends))
+        log.take(told(ends))
+
+    log.__enter__()
+    log.take(told(begins))
+    log.take(told(begins))
+    time.sleep(worker_log._LAST_WORDS_S)  # a worker that was silent for long
+    thread = threading.Thread(target=speak)
+    thread.start()
+    log.__exit__(how)
+    assert kept(run).splitlines()[-1].endswith("rank 0  n1 10.0.0.2 | why")
+    assert ends not in kept(run)
+    thread.join()
+
+
 def test_a_cluster_that_talks_on_does_not_hold_up_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_log, "_MOST_LAST_WORDS_S", 1.0)
     talks = threading.Event()
@@ -88,11 +132,43 @@ def test_a_cluster_that_talks_on_does_not_hold_up_the_end(tmp_path: Path, monkey
 
     log = log_of(Storage(str(tmp_path)))
     log.__enter__()
+    log.take(told("worker of rank 0 of 1, process 55 on n1: cpu"))
     thread = threading.Thread(target=talk, args=(log,), daemon=True)
     thread.start()
     log.__exit__(OSError)
     assert thread.is_alive()  # it ended although lines still come
     talks.set()
+
+
+def test_a_disk_that_is_full_in_the_middle_of_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(worker_log, "_WRITE_EVERY_S", 0.01)
+    run, limits = Storage(str(tmp_path)), resource.getrlimit(resource.RLIMIT_FSIZE)
+    with log_of(run) as log:
+        log.take(told("first"))
+        wait_for(lambda: "first" in kept(run), "nothing is written")
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (400, limits[1]))
+            log.take(told("second " + "x" * 600))
+            wait_for(lambda: bool(caplog.records) and "second" in kept(run), "nothing is refused")
+            time.sleep(0.2)  # tried again and again
+            assert run.size_bytes(run.files("logs")[0]) == 400
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        log.take(told("third"))
+    said = [line.partition(" | ")[2] for line in kept(run).splitlines()]
+    assert said == ["first", "second " + "x" * 600, "third"]
+
+
+def test_a_ray_that_does_not_bring_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray._private.ray_logging", None)
+    with log_of(Storage(str(tmp_path))):
+        pass
+    assert len(caplog.records) == 1
+    assert "what the workers print is not kept: this version of Ray does not bring it" in caplog.text
 
 
 def test_a_store_that_is_away_hinders_nobody(

@@ -92,6 +92,23 @@ def dead_elsewhere(run: Storage) -> None:
     moved(run, boot="another")
 
 
+def test_who_looks_on_sees_which_driver_is_at_work(run: Storage, driver: Driver) -> None:
+    found = ownership.driver_at_work(run)
+    assert found is not None
+    assert found.pid == driver.process.pid
+    # Of another machine: by its life signs, long silent ones apart.
+    moved(run, boot="another")
+    assert ownership.driver_at_work(run) == found.__class__(
+        **(found.__dict__ | {"host": "elsewhere", "boot": "another"})
+    )
+    driver.process.send_signal(signal.SIGKILL)
+    driver.process.wait()
+    sign = json.loads(run.read("attempts/000001.lease"))
+    assert ownership.driver_at_work(run) is not None
+    run.publish("attempts/000001.lease", json.dumps(sign | {"time_s": sign["time_s"] - 700}).encode())
+    assert ownership.driver_at_work(run) is None
+
+
 def until(condition: Callable[[], bool]) -> None:
     deadline_s = time.monotonic() + 20
     while not condition():
