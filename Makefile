@@ -38,13 +38,13 @@ test-faults: setup
 	@echo "== every class of fault over $(FAULT_SEEDS) seeds (FAULT_SEEDS=…; a part of it, with one seed, is in 'make test')"
 	FAULT_SEEDS=$(FAULT_SEEDS) $(PYTHON) -m pytest tests/training/test_exactness.py tests/training/test_kills.py tests/training/test_writes.py \
 		tests/training/test_worlds.py tests/training/test_failing_store.py tests/control/test_faults.py \
-		tests/control/test_elastic.py tests/control/test_worker_log.py tests/jobs/test_rehearse.py tests/jobs/test_campaign.py --timeout 1800
+		tests/control/test_elastic.py tests/control/test_worker_log.py tests/jobs/test_rehearse.py tests/jobs/test_campaign.py --timeout 1800 --session-timeout 14400
 
 test-cluster: setup
 	@echo "== a real SLURM of two nodes, two hosts in network namespaces, Ray heads (Debian packages slurm-wlm munge iproute2; root)"
 	command -v slurmctld >/dev/null || PATH=$$PATH:/usr/sbin command -v slurmctld >/dev/null || apt-get install --yes slurm-wlm munge
 	command -v ip >/dev/null || apt-get install --yes iproute2
-	TEST_CLUSTER=1 $(PYTHON) -m pytest tests/cluster --timeout 1200
+	TEST_CLUSTER=1 $(PYTHON) -m pytest tests/cluster --timeout 1200 --session-timeout 7200
 
 lint: setup
 	@echo "== lint"
@@ -57,7 +57,7 @@ types: setup
 
 outage: setup
 	@echo "== an S3 server that fails one request in twenty, and is away for a minute (a small form is in 'make test')"
-	OUTAGE_S=60 $(PYTHON) -m pytest tests/test_remote.py tests/jobs/test_s3.py --timeout 900
+	OUTAGE_S=60 $(PYTHON) -m pytest tests/test_remote.py tests/jobs/test_s3.py --timeout 900 --session-timeout 7200
 
 golden: setup
 	@echo "== golden losses of this tree against the parent commit"
