@@ -23,7 +23,7 @@ from rich.console import Console
 from cluster import command_line as cluster_command_line
 from cluster.command_line import Described
 from orchestrator.config import Tested, TrainConfig
-from orchestrator.control import supervisor
+from orchestrator.control import bottleneck, supervisor
 from orchestrator.control.run_tracking import FIGURE, journal_of, keep_figure, open_tracker
 from orchestrator.control.terminal import Terminal, name_of_test, result_of_test
 from orchestrator.control.tracking import RunStatus, default_uri
@@ -68,6 +68,8 @@ class _Options:
     """train nothing: tell what a start would do, and check all that it needs"""
     dry_run_on: tuple[str, ...] = ()
     """the same on machines that need not be there, as NODESxCPUSxGPUS: 8x64x8"""
+    profile: int = 0
+    """so many steps, after the first ten, are traced: STORAGE/NAME/profile, for https://ui.perfetto.dev"""
 
 
 def main(recipes: Mapping[str, Recipe], *, default: str) -> int:
@@ -98,7 +100,10 @@ def parse(argv: Sequence[str], recipes: Mapping[str, Recipe], *, default: str, p
         description=_description(recipes, default, program),
         config=(tyro.conf.EnumChoicesFromValues, tyro.conf.FlagCreatePairsOff),
     )
-    return Command(typed.config, base, typed.dry_run or bool(typed.dry_run_on), dry_run_on=typed.dry_run_on)
+    config = typed.config
+    if typed.profile:
+        config = replace(config, tracking=replace(config.tracking, profile_steps=typed.profile))
+    return Command(config, base, typed.dry_run or bool(typed.dry_run_on), dry_run_on=typed.dry_run_on)
 
 
 def chosen(argv: Sequence[str], recipes: Collection[str], default: str) -> tuple[str, list[str]]:
@@ -313,6 +318,7 @@ def _summary(console: Console, config: TrainConfig, outcome: Outcome | None, tes
             ("weights", f"SHA-256 {outcome.weights_sha256}"),
             ("curves", f"{run.url}/{FIGURE}"),
         ]
+        rows += [("time", text) for text in bottleneck.told(journal_of(run))]
     if tests:
         rows += [
             (

@@ -342,6 +342,8 @@ class TrackingConfig:
     """where a driver serves its numbers for Prometheus; 0: nowhere; a campaign's members: this and those after it"""
     metrics_host: str = "127.0.0.1"
     """address that it listens at; 0.0.0.0: all of the machine's"""
+    profile_steps: int = 0
+    """steps of a start, after its first ten, that torch's profiler looks at (the same as --profile)"""
 
 
 @dataclass(frozen=True)
@@ -433,6 +435,7 @@ def _check(config: TrainConfig) -> None:
         "placement.num_workers": config.placement.num_workers,
         "placement.cpus_per_worker": config.placement.cpus_per_worker,
         "placement.min_workers": config.placement.min_workers,
+        "tracking.profile_steps": config.tracking.profile_steps,
         "guard.max_failures": config.guard.max_failures,
         "evaluation.precise_bn_images": config.evaluation.precise_bn_images,
         "guard.max_stalled_restarts": config.guard.max_stalled_restarts,

@@ -6,12 +6,110 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
 
 _PROGRESS_EVERY_S = 1.0
+_MOST_STEPS_TIMED = 256  # between two measurements: the others are taken to be like them
+
+# Parts of the time of rank 0; the first four are a step's, as its device sees them.
+INPUT, COMPUTE, REDUCE, OPTIMIZER = "input", "compute", "all_reduce", "optimizer"
+VALIDATION, CHECKPOINT, OTHER = "validation", "checkpoint", "other"
+PARTS = (INPUT, COMPUTE, REDUCE, OPTIMIZER, VALIDATION, CHECKPOINT, OTHER)
+_OF_A_STEP = PARTS[:4]
+SHARE = "time_share_"  # begins the names of metrics
+
+
+def shares(seconds: dict[str, float]) -> dict[str, float]:
+    """``Clock.seconds`` as metrics: ``time_share_input`` …, in [0, 1]."""
+    total = max(1e-9, sum(seconds.values()))
+    return {f"{SHARE}{part}": value / total for part, value in seconds.items()}
+
+
+class StepTimes:
+    """Seconds of each part of the steps of one device; the host does not wait for it before they are asked for.
+
+    In a step: ``begins`` with its batch at hand, ``ready`` whenever more of this worker's own gradients are (the last
+    time counts), ``reduced``, ``ended``. The input's part is what lies between two steps: the device waits for a batch,
+    and copies it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._steps: list[list[_Mark]] = []  # begins, ready, reduced, ended, of each step since ``take``
+        self._last = [_Mark(self._on_gpu)] * 4
+        self._before: list[_Mark] = []  # the end of what came before each step
+        self._end = _Mark(self._on_gpu)
+        self._end.set()
+
+    def between(self) -> None:
+        """What comes now is a part of its own: the next step's input begins after it."""
+        self._end = _Mark(self._on_gpu)
+        self._end.set()
+
+    def begins(self) -> None:
+        begin = _Mark(self._on_gpu)
+        begin.set()
+        self._last = [begin, begin, begin, begin]
+
+    def ready(self) -> None:
+        if self._last[1] is self._last[0]:
+            self._last[1] = _Mark(self._on_gpu)
+        self._last[1].set()
+
+    def reduced(self) -> None:
+        self._last[2] = _Mark(self._on_gpu)
+        self._last[2].set()
+        if self._last[1] is self._last[0]:  # a single worker has nothing to reduce
+            self._last[1] = self._last[2]
+
+    def ended(self) -> None:
+        self._last[3] = _Mark(self._on_gpu)
+        self._last[3].set()
+        if len(self._steps) < _MOST_STEPS_TIMED:
+            self._steps.append(self._last)
+            self._before.append(self._end)
+        self._end = self._last[3]
+
+    def own_seconds(self) -> float:
+        """Of the newest step, until this worker's own gradients were ready."""
+        return self._last[1].since(self._last[0])
+
+    def take(self) -> dict[str, float]:
+        """Mean seconds of the steps since the last call, by part; {} where there was none. Waits for the device."""
+        parts = dict.fromkeys(_OF_A_STEP, 0.0)
+        for before, marks in zip(self._before, self._steps, strict=True):
+            for part, (start, end) in zip(_OF_A_STEP, pairwise([before, *marks]), strict=True):
+                parts[part] += end.since(start)
+        count = len(self._steps)
+        self._steps, self._before = [], []
+        return {part: seconds / count for part, seconds in parts.items()} if count else {}
+
+
+class _Mark:
+    """A moment of the host, or of the GPU's current stream."""
+
+    def __init__(self, on_gpu: bool) -> None:
+        self._event = torch.cuda.Event(enable_timing=True) if on_gpu else None
+        self._time_s = 0.0
+
+    def set(self) -> None:
+        if self._event is not None:
+            self._event.record()
+        else:
+            self._time_s = time.monotonic()
+
+    def since(self, other: _Mark) -> float:
+        """Seconds."""
+        if self._event is not None and other._event is not None:
+            self._event.synchronize()
+            return float(other._event.elapsed_time(self._event)) / 1000
+        return self._time_s - other._time_s
 
 
 class Clock:
-    """Images a second and the share of time spent waiting for data, since ``restart``; stalls are left out."""
+    """Images a second, and where the time has gone, since ``restart``; stalls are no time of training."""
 
     @dataclass
     class Stall:
@@ -22,7 +120,8 @@ class Clock:
         self.restart()
 
     def restart(self) -> None:
-        self._start, self._images, self._waited, self._stalled = time.monotonic(), 0, 0.0, 0.0
+        self._start, self._images, self._steps, self._waited = time.monotonic(), 0, 0, 0.0
+        self._stalled: dict[str, float] = {}
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -31,14 +130,16 @@ class Clock:
         self._waited += time.monotonic() - start
 
     @contextmanager
-    def stalled(self) -> Iterator[Stall]:
+    def stalled(self, part: str) -> Iterator[Stall]:
+        """``part``: VALIDATION or CHECKPOINT."""
         stall, start = Clock.Stall(), time.monotonic()
         yield stall
         stall.seconds = time.monotonic() - start
-        self._stalled += stall.seconds
+        self._stalled[part] = self._stalled.get(part, 0.0) + stall.seconds
 
     def stepped(self, images: int) -> None:
         self._images += images
+        self._steps += 1
 
     def progress_due(self) -> bool:
         now = time.monotonic()
@@ -49,5 +150,11 @@ class Clock:
 
     def speed(self) -> dict[str, float]:
         """images_per_s over all workers, data_wait_share in [0, 1] of this one."""
-        elapsed = max(1e-9, time.monotonic() - self._start - self._stalled)
+        elapsed = max(1e-9, time.monotonic() - self._start - sum(self._stalled.values()))
         return {"images_per_s": self._images / elapsed, "data_wait_share": self._waited / elapsed}
+
+    def seconds(self, step: dict[str, float]) -> dict[str, float]:
+        """All seconds since ``restart``, by part; ``step``: the mean of its steps (``StepTimes.take``)."""
+        elapsed = time.monotonic() - self._start
+        found = {part: seconds * self._steps for part, seconds in step.items()} | self._stalled
+        return {part: found.get(part, 0.0) for part in PARTS[:-1]} | {OTHER: max(0.0, elapsed - sum(found.values()))}

@@ -36,8 +36,10 @@ class ClassificationStep:
         crop_px: int,
         seed: int,
         ready: Callable[[], None] = lambda: None,
+        reduced: Callable[[], None] = lambda: None,
     ) -> None:
-        """``model`` is on the world's device; ``ready`` is told when this worker's own gradients are.
+        """``model`` is on the world's device; ``ready`` is told when this worker's own gradients are, ``reduced`` when
+        all workers' are summed.
 
         Collective. Raises ValueError where workers cannot share the groups.
         """
@@ -46,7 +48,7 @@ class ClassificationStep:
         self._world, self._batch, self._autocast, self._seed = world, batch, autocast, seed
         share_groups(model, world.group_sum(self.share.sharers), self.share.sharers)
         self._statistics = RunningStatistics(model)
-        self._parallel = world.distribute(model, ready)
+        self._parallel, self._reduced = world.distribute(model, ready), reduced
         self._meter = Meter(world.device)
         model.train()
         if world.size > 1:
@@ -77,6 +79,7 @@ class ClassificationStep:
                 (losses.sum() / self._batch.global_batch_size).backward()
             self._statistics.accumulate()
             self._meter.add(logits.detach().float(), labels, losses.detach())
+        self._reduced()
         # Gradients are summed over all workers: what one of them finds not finite, all do, and leave the step out.
         bad = self.optimizer.not_finite()
         num_groups = self._batch.global_batch_size // self._batch.bn_group_size

@@ -3,38 +3,9 @@
 from __future__ import annotations
 
 import statistics
-import time
-
-import torch
 
 _SLOW_RATIO = 1.5  # of the median
 _TOLD_AFTER = 3  # measurements in a row
-
-
-class Stopwatch:
-    """Seconds of the device from ``start`` to the last ``split``; the host does not wait before they are asked for."""
-
-    def __init__(self, device: torch.device) -> None:
-        on_gpu = device.type == "cuda"
-        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if on_gpu else None
-        self._start_s = self._split_s = 0.0
-
-    def start(self) -> None:
-        self._start_s = self._split_s = time.monotonic()
-        if self._events:
-            self._events[0].record()
-            self._events[1].record()
-
-    def split(self) -> None:
-        self._split_s = time.monotonic()
-        if self._events:
-            self._events[1].record()
-
-    def seconds(self) -> float:
-        if self._events:
-            self._events[1].synchronize()
-            return self._events[0].elapsed_time(self._events[1]) / 1000
-        return self._split_s - self._start_s
 
 
 class Stragglers:

@@ -28,7 +28,7 @@ from orchestrator.training.assembly import (
     views_of,
 )
 from orchestrator.training.checkpoint import Checkpoints, Snapshot, checkpoint_event, weights_sha256
-from orchestrator.training.clock import Clock
+from orchestrator.training.clock import CHECKPOINT, VALIDATION, Clock, StepTimes, shares
 from orchestrator.training.failures import NotFiniteError, PreemptedError
 from orchestrator.training.meters import Totals
 from orchestrator.training.notices import Event, notice
@@ -41,10 +41,11 @@ from orchestrator.training.optimization import (
     total_steps,
 )
 from orchestrator.training.ownership import check_ownership
+from orchestrator.training.profiling import Profiler
 from orchestrator.training.pulse import Phase, Pulse, Wish
 from orchestrator.training.run import Outcome, check_identity, eventually, finish, finished, run_storage
 from orchestrator.training.step import ClassificationStep
-from orchestrator.training.stragglers import Stopwatch, Stragglers
+from orchestrator.training.stragglers import Stragglers
 from orchestrator.training.validation import validate
 from orchestrator.world import World
 
@@ -94,10 +95,10 @@ def train(
     torch.manual_seed(config.seed)
     model = build_model(config, data.num_classes).to(world.device)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
-    stopwatch = Stopwatch(world.device)
+    times = StepTimes(world.device)
 
     def gradients_ready() -> None:
-        stopwatch.split()
+        times.ready()
         if pulse.phase is Phase.COMPUTE:  # not in the passes that settle buckets
             pulse.at(Phase.REDUCE, pulse.step)
 
@@ -110,6 +111,7 @@ def train(
         crop_px=config.input.crop_px,
         seed=config.seed,
         ready=gradients_ready,
+        reduced=times.reduced,
     )
 
     # -- where the run stands ---------------------------------------------------------------------------------------
@@ -152,18 +154,22 @@ def train(
         cache.want("val", val_split.info.shards)
     unreadable_told: set[int] = set()
     clock, stragglers, agreement = Clock(), Stragglers(), world.agreement()
+    profiler = Profiler(run, attempt, world, step, config.tracking.profile_steps, lambda text: emit(notice(text)))
     tell({"kind": "start", "step": step, "steps": steps, "images": len(train_split), "workers": world.size})
 
+    times.between()
     while step < steps and not policy.stop:
+        profiler.at(step)
         pulse.at(Phase.INPUT, step)
         with clock.waiting():
             batch = next(batches)
         pulse.at(Phase.COMPUTE, step)
-        stopwatch.start()
+        times.begins()
         for bad, stand_in in batch.replaced:
             emit(notice(f"step {step}: image {bad} cannot be decoded, {stand_in} takes its place"))
 
         take_step(batch, step, learning_rate(config.schedule, policy, step, steps))
+        times.ended()
         seen(step, batch.indices)
         step += 1
         clock.stepped(batch_size)
@@ -177,9 +183,11 @@ def train(
             pulse.at(Phase.MEASURE, step)
             totals = totals + take_step.take_totals()
             _check_skipped(config, step, skipped + totals.skipped_steps)
-            stragglers.look(world.gather(stopwatch.seconds() / len(batch.indices)))
+            stragglers.look(world.gather(times.own_seconds() / len(batch.indices)))
+            seconds = clock.seconds(times.take())
             metrics = _train_metrics(totals, take_step.optimizer.lr, clock.speed() | stragglers.metrics())
-            record("train", metrics=metrics, samples=f"{totals.samples:016x}")
+            metrics |= shares(seconds)
+            record("train", metrics=metrics, samples=f"{totals.samples:016x}", interval_s=sum(seconds.values()))
             if totals.skipped_steps:
                 tell(notice(f"{totals.skipped_steps} of the steps up to {step} changed nothing: {_NOT_FINITE}"))
             if slow := stragglers.slow_warning():
@@ -192,7 +200,7 @@ def train(
         validation: Totals | None = None
         if last or _validation_due(step, batch_size, len(train_split), rhythm.validate_every_epochs):
             pulse.at(Phase.VALIDATE, step)
-            with clock.stalled() as stall:
+            with clock.stalled(VALIDATION) as stall:
                 validation = validate(model, val_batches, world, autocast, pulse.alive)
             if validation.not_finite:
                 raise NotFiniteError(
@@ -210,7 +218,7 @@ def train(
         ends = last or policy.stop or wish is Wish.LEAVE
         if ends or wish is Wish.SAVE or validation is not None or step % rhythm.checkpoint_every_steps == 0:
             pulse.at(Phase.SAVE, step)
-            with clock.stalled() as stall:
+            with clock.stalled(CHECKPOINT) as stall:
                 totals = totals + take_step.take_totals()
                 _check_skipped(config, step, skipped + totals.skipped_steps)
                 if world.is_first:
@@ -219,6 +227,7 @@ def train(
                     error = None if validation is None else validation.top1_error
                     checkpoints.save(Snapshot(step, take_step.tensors(), state, list(journal), error))
             tell({"kind": "saving", "step": step, "stall_s": stall.seconds})
+        times.between()
         if wish is Wish.LEAVE and not (last or policy.stop):
             checkpoints.close()
             world.barrier()
@@ -228,6 +237,7 @@ def train(
 
     # -- the end ----------------------------------------------------------------------------------------------------
     pulse.at(Phase.END, step)
+    profiler.close()
     batches.close()
     val_batches.close()
     if cache:

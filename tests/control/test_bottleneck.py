@@ -1,0 +1,92 @@
+"""Where the time went: parts that are known by construction, and the advice that follows."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from orchestrator.control import bottleneck
+from orchestrator.training.clock import CHECKPOINT, PARTS, SHARE, VALIDATION, Clock, StepTimes, shares
+
+
+def journal_of(**seconds: float) -> list[dict[str, object]]:
+    parts = dict.fromkeys(PARTS, 0.0) | seconds
+    return [{"kind": "train", "interval_s": sum(parts.values()), "metrics": shares(parts)}, {"kind": "validation"}]
+
+
+def test_seconds_of_a_step_are_of_its_parts() -> None:
+    clock, times = Clock(), StepTimes(torch.device("cpu"))
+    times.between()
+    for _ in range(2):
+        time.sleep(0.1)  # input
+        times.begins()
+        time.sleep(0.03)
+        times.ready()
+        time.sleep(0.03)
+        times.ready()  # the last bucket
+        assert times.own_seconds() == pytest.approx(0.06, abs=0.02)
+        time.sleep(0.04)
+        times.reduced()
+        time.sleep(0.02)
+        times.ended()
+        clock.stepped(8)
+        with clock.stalled(VALIDATION):
+            time.sleep(0.05)
+        with clock.stalled(CHECKPOINT):
+            time.sleep(0.02)
+        times.between()
+    seconds = clock.seconds(times.take())
+    expected = {"input": 0.2, "compute": 0.12, "all_reduce": 0.08, "optimizer": 0.04, "validation": 0.1}
+    expected |= {"checkpoint": 0.04, "other": 0.0}
+    assert set(seconds) == set(PARTS)
+    assert seconds == pytest.approx(expected, abs=0.05)
+    assert times.take() == {}
+
+
+def test_a_single_worker_reduces_nothing() -> None:
+    times = StepTimes(torch.device("cpu"))
+    times.begins()
+    time.sleep(0.02)
+    times.reduced()
+    times.ended()
+    found = times.take()
+    assert found["all_reduce"] == 0
+    assert found["compute"] >= 0.02
+
+
+def test_steps_that_are_not_timed_are_taken_to_be_like_the_others() -> None:
+    clock, times = Clock(), StepTimes(torch.device("cpu"))
+    for _ in range(1000):
+        times.begins()
+        times.reduced()
+        times.ended()
+        clock.stepped(1)
+    assert len(times._steps) == 256
+    assert sum(clock.seconds({"input": 0.5}).values()) >= 500
+
+
+@pytest.mark.parametrize(
+    ("seconds", "worst"),
+    [
+        ({"compute": 90.0, "input": 4.0}, "the network itself takes the time, as it should"),
+        ({"compute": 60.0, "input": 40.0}, "bottleneck: input: training waits for images: give each worker"),
+        ({"compute": 60.0, "all_reduce": 30.0, "input": 6.0}, "bottleneck: all-reduce: workers wait for each other's"),
+        ({"compute": 60.0, "checkpoint": 10.0}, "bottleneck: checkpoints: make checkpoints less often"),
+    ],
+)
+def test_the_bottleneck_has_a_name_and_advice(seconds: dict[str, float], worst: str) -> None:
+    lines = bottleneck.told(journal_of(**seconds))
+    assert lines[0].startswith("forward and backward ")
+    assert lines[1].startswith(worst)
+
+
+def test_intervals_count_by_their_length() -> None:
+    journal = journal_of(compute=90.0) + journal_of(input=10.0)
+    assert bottleneck.shares_of(journal)["input"] == pytest.approx(0.1)
+    assert all(name.startswith(SHARE) for name in shares(dict.fromkeys(PARTS, 1.0)))
+
+
+def test_a_journal_without_times_tells_nothing() -> None:
+    assert bottleneck.told([{"kind": "train", "metrics": {"images_per_s": 3.0}}]) == []
