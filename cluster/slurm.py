@@ -30,6 +30,7 @@ from contextlib import suppress
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import submitit
@@ -244,6 +245,9 @@ def _words(text: str) -> str:
 # -- on the nodes ---------------------------------------------------------------------------------------------------
 
 
+_BY_SLURM = STOPPED[-1], "ended by SLURM (cancelled, or its time was over): the same command goes on"
+
+
 class _Fate(Enum):
     """Of a job whose start goes wrong."""
 
@@ -260,6 +264,7 @@ class Start:
         self._job, self._folder, self._settings, self._environment = job, folder, settings, environment
         self._driver: subprocess.Popen[bytes] | None = None
         self._ray: RayOnNodes | None = None
+        self._is_terminated = False
 
     def __call__(self) -> int:
         """The job's exit code."""
@@ -268,6 +273,7 @@ class Start:
             ray.join()
             return 0
         (self._folder / "ended.json").unlink(missing_ok=True)  # of an earlier start
+        signal.signal(signal.SIGTERM, self._on_terminate)
         code, said = 1, ""
         try:
             with ray.head() as address:
@@ -279,7 +285,7 @@ class Start:
         if fate is _Fate.QUEUED:
             sys.exit(code)  # the next start says how the job ends
         if fate is _Fate.ENDED:  # whatever became of the driver, whose Ray was ended with it
-            code, said = STOPPED[-1], "ended by SLURM (cancelled, or its time was over): the same command goes on"
+            code, said = _BY_SLURM
         elif code != 0 and said and ray.is_lost and not (self._folder / "stop").exists():
             starts = sum(1 for _ in self._folder.glob(f"ray-*/{_LOST}")) + 1
             ray.mark(_LOST)
@@ -287,12 +293,19 @@ class Start:
                 said = f"it could not be queued again ({self._queue_again(said)}) after this: {said}"
             else:
                 said = f"{starts} starts of this job have lost nodes: it is not queued again ({said})"
-        written = self._folder / "ended.new"
-        written.write_text(json.dumps({"code": code, "said": said}))
-        written.replace(self._folder / "ended.json")
+        self._write_end(code, said)
         if code:
             sys.exit(code)
         return code
+
+    def _write_end(self, code: int, said: str) -> None:
+        written = self._folder / "ended.new"
+        written.write_text(json.dumps({"code": code, "said": said}))
+        written.replace(self._folder / "ended.json")
+
+    def _on_terminate(self, number: int, frame: FrameType | None) -> None:
+        """SLURM ends all processes of the start: by scancel, to queue it again, or since a node is gone."""
+        self._is_terminated = True
 
     def _fate(self) -> _Fate:
         """What SLURM does with the job now. While its processes still end, all that is shown of it is COMPLETING."""
@@ -339,6 +352,10 @@ class Start:
             )
         asked_s = 0.0
         while (code := driver.poll()) is None:
+            if self._is_terminated:
+                self._is_terminated = False
+                if self._fate() is _Fate.ENDED:
+                    self._write_end(*_BY_SLURM)  # now: SLURM kills what takes its time
             lost = ray.lost()
             if not asked_s and (lost or (self._folder / "stop").exists()):
                 asked_s = time.monotonic()

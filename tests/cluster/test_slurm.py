@@ -202,9 +202,9 @@ def test_cancelled_by_hand_it_says_so(slurm: SlurmCluster, prepared: Path, tmp_p
     slurm.run("scancel", job.job_id)
     job.wait_for_status("the same command goes on")
     assert "r: stopped on slurm (" in job.ask("status")
-    # It may be killed before it has written how it ended; then SLURM forgets it, and nobody can tell any more.
     assert json.loads((job.launched / "ended.json").read_text())["said"].startswith("ended by SLURM")
     assert "queued again" not in job.ask("log")
+    # Without that, SLURM forgets it, and nobody can tell any more.
     (job.launched / "ended.json").unlink()
     job.wait_for_status("lost on slurm (SLURM does not know it any more")
 
@@ -214,7 +214,7 @@ def test_a_refused_job_leaves_no_array_behind(
 ) -> None:
     monkeypatch.setenv("SLURM_CONF", slurm.environment["SLURM_CONF"])
     array = Array({"a": ("jobs/none.py",), "b": ("jobs/none.py",)}, 0)
-    job = Job("r", 1, Where.SLURM, ("jobs/none.py",), str(ROOT), "", {}, array)
+    job = Job("r", 1, Where.SLURM, ("jobs/none.py",), str(ROOT), "", {}, array=array)
     launcher = Slurm(SlurmSettings(time_min=10, extra=("begin=now+60",)))
     try:
         first = launcher.submit(job, tmp_path)["job_id/a"]
