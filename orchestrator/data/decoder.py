@@ -7,6 +7,7 @@ batch, S = crop in pixels, K views of an image.
 from __future__ import annotations
 
 import io
+import sys
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
@@ -60,6 +61,34 @@ def is_jpeg(encoded: np.ndarray, width: int, height: int) -> bool:
         return False
 
 
+def _references(arrays: list[np.ndarray]) -> list[int]:
+    """How often each is referred to, what asks included. A tensor that was made of it, or a view of that, counts."""
+    return [sys.getrefcount(array) for array in arrays]
+
+
+_UNSEEN = _references([np.empty(0)])[0]  # of an array that only its list holds
+
+
+class _Copies:
+    """Copies of arrays in memory that is used again once nobody sees a copy any more: fresh pages cost more than it."""
+
+    def __init__(self) -> None:
+        self._arrays: list[np.ndarray] = []
+
+    def of(self, source: np.ndarray) -> torch.Tensor:
+        """A copy of its own of ``source``."""
+        seen = _references(self._arrays)
+        free = [array for array, times in zip(self._arrays, seen, strict=True) if times <= _UNSEEN]
+        fits = [array for array in free if array.shape == source.shape and array.dtype == source.dtype]
+        if not fits:
+            unfit = {id(array) for array in free}
+            fits = [np.empty_like(source)]
+            self._arrays = [array for array in self._arrays if id(array) not in unfit] + fits
+        copy = torch.from_numpy(fits[0])
+        copy.copy_(torch.from_numpy(source))
+        return copy
+
+
 class AnyDecoder(ABC, Generic[Seen, Pixels]):
     """A DALI pipeline that is fed explicitly: encoded images and what is seen of them in, pixels out, in order."""
 
@@ -67,7 +96,7 @@ class AnyDecoder(ABC, Generic[Seen, Pixels]):
         # Imported here: half a second and 200 MB that only a process with an input side pays.
         from nvidia.dali import pipeline_def
 
-        self.settings, self.batch_size = settings, batch_size
+        self.settings, self.batch_size, self._copies = settings, batch_size, _Copies()
 
         @pipeline_def(
             batch_size=batch_size,
@@ -194,8 +223,9 @@ class AnyDecoder(ABC, Generic[Seen, Pixels]):
             for output, copy in zip(outputs, pixels, strict=True):
                 feed_ndarray(output.as_tensor(), copy, cuda_stream=torch.cuda.current_stream(device))
         else:
-            pixels = [torch.from_numpy(np.array(output.as_tensor())) for output in outputs]  # DALI reuses its buffers
-            assert [tuple(each.shape) for each in pixels] == list(shapes)
+            views = [np.asarray(output.as_tensor()) for output in outputs]  # DALI reuses what they show
+            assert [view.shape for view in views] == list(shapes)
+            pixels = [self._copies.of(view) for view in views]
         self._pipeline.release_outputs()
         return pixels
 
