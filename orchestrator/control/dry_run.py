@@ -30,10 +30,13 @@ from orchestrator.control.facts import (
     Plan,
     RunFacts,
     RunState,
+    Speed,
     SplitFacts,
     TestFacts,
     batch_facts,
+    measured_speed,
     placement_facts,
+    prediction_facts,
     schedule_facts,
 )
 from orchestrator.control.placement import may_grow
@@ -129,6 +132,7 @@ class _Rehearsal:
         self._done: Outcome | None = None
         self._step: int | None = None
         self._placement: PlacementFacts | None = None
+        self._speed: Speed | None = None
 
     def plan(self) -> Plan:
         start, config = self._start, self._config
@@ -156,18 +160,24 @@ class _Rehearsal:
         if start.model is not None and start.run is not None:
             with suppress(Exception):  # the check of the space says why
                 space = checks.space_of(start)
+        schedule = schedule_facts(config, train_images) if train_images else None
+        run, model, tests = self._run_facts(), self._model_facts(), self._test_facts()
+        foretold = prediction_facts(
+            config, self._machines, run, model, data, schedule, self._placement, space, tests, self._speed
+        )
         return Plan(
             config=config,
             machines=self._machines,
             batch=batch_facts(config.batch.global_batch_size, config.batch.bn_group_size),
-            run=self._run_facts(),
-            model=self._model_facts(),
+            run=run,
+            model=model,
             data=data,
             trains=self._trains,
-            schedule=schedule_facts(config, train_images) if train_images else None,
+            schedule=schedule,
             space=space,
             placement=self._placement,
-            tests=self._test_facts(),
+            tests=tests,
+            prediction=foretold if self._trains else None,
             findings=findings,
         )
 
@@ -187,6 +197,7 @@ class _Rehearsal:
         notices: list[str] = []
         snapshot = Checkpoints(start.run, attempt=0, keep_last=1, notice=notices.append).newest()
         self._step = snapshot.step if snapshot is not None else 0
+        self._speed = measured_speed(snapshot.journal) if snapshot is not None else None
         words = "none yet" if snapshot is None else f"the newest usable one, of step {snapshot.step}, was read whole"
         return (Verdict.WARNING if notices else Verdict.OK), "; ".join([words, *notices])
 

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import os
+import statistics
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 
 import numpy as np
 
-from orchestrator.config import Order, PlateauError, PolicyKind, ScheduleConfig, Tested, TrainConfig, WarmupKind
+from orchestrator.config import (
+    Order,
+    PlateauError,
+    PolicyKind,
+    Precision,
+    ScheduleConfig,
+    Tested,
+    TrainConfig,
+    WarmupKind,
+)
+from orchestrator.control import prediction
 from orchestrator.control.checks import Finding, Space, Verdict
 from orchestrator.control.placement import Placement, place
+from orchestrator.control.prediction import ModelCost, Stored, Wires
 from orchestrator.evaluation.results import Test
 from orchestrator.ray_session import Cluster
 from orchestrator.training.optimization import total_steps
@@ -129,6 +143,36 @@ class PlacementFacts:
 
 
 @dataclass(frozen=True)
+class Speed:
+    """Images a second of all workers. step: of the newest measurement in the run's journal; 0: assumed, and nothing
+    that goes between workers is counted.
+    """
+
+    images_per_s: float
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class PredictionFacts:
+    """What is left of the run, on paper (prediction.py). ``trouble``: why its time cannot be foretold, then seconds
+    and the rest that needs a speed are 0; ``seconds``: training and validations, without failures; ``every_s``:
+    training between two checkpoints as configured, ``best_s``: as costs least where ``nodes`` fail at times and each
+    takes ``stall_s`` from training. ``stored``: None: not known.
+    """
+
+    trouble: str = ""
+    speed: Speed = Speed(0.0)
+    steps_left: int = 0
+    seconds: float = 0.0
+    nodes: int = 1
+    stall_s: float = 0.0
+    every_s: float = 0.0
+    best_s: float = 0.0
+    step_s: float = 0.0
+    stored: Stored | None = None
+
+
+@dataclass(frozen=True)
 class Machines:
     """Where the workers would be. ``cluster`` None: it cannot be looked at, see ``trouble``.
 
@@ -158,6 +202,7 @@ class Plan:
     space: Space | None
     placement: PlacementFacts | None
     tests: TestFacts | None  # none are asked for
+    prediction: PredictionFacts | None  # nothing is left to train
     findings: tuple[Finding, ...]
 
     @property
@@ -215,6 +260,82 @@ def schedule_facts(config: TrainConfig, num_images: int) -> ScheduleFacts:
         checkpoints=checkpoints,
         policy=policy_in_words(config.schedule, steps),
     )
+
+
+def prediction_facts(
+    config: TrainConfig,
+    machines: Machines,
+    run: RunFacts | None,
+    model: ModelFacts | None,
+    data: DataFacts | None,
+    schedule: ScheduleFacts | None,
+    placement: PlacementFacts | None,
+    space: Space | None,
+    tests: TestFacts | None,
+    measured: Speed | None,
+) -> PredictionFacts | None:
+    """Time, storage and checkpoints of what is left; None where nothing is left to train."""
+    if run is not None and run.state in (RunState.FINISHED, RunState.TESTED):
+        return None
+    if run is None or run.state is RunState.UNKNOWN:
+        return PredictionFacts(trouble="unknown: see the checks")
+    if model is None or data is None or schedule is None or placement is None or space is None:
+        return PredictionFacts(trouble="unknown: see the checks")
+    images = {split.name: split.images for split in data.splits}
+    scored = sum(images.get(test.split, 0) for test, _ in tests.tests) if tests else 0
+    model_bytes = space.checkpoint_bytes - 4 * model.parameters
+    keep_last = config.rhythm.keep_last
+    stored = prediction.stored(space.checkpoint_bytes, model_bytes, keep_last, scored, model.num_classes)
+    found = measured or _assumed_speed(config, model, placement.placement)
+    if isinstance(found, str):
+        return PredictionFacts(trouble=found, stored=stored)
+    left = max(0, schedule.steps - run.step)
+    step_s = config.batch.global_batch_size / found.images_per_s
+    # A forward pass takes a third of a step's time for an image.
+    validations = math.ceil(schedule.validations * left / schedule.steps)
+    validation_s = validations * images.get("val", 0) / found.images_per_s / 3
+    nodes = len(placement.placement.workers_per_node) or 1
+    if machines.world_size:
+        nodes = -(-machines.world_size // machines.local_world_size)
+    stall_s = prediction.STALL_S_PER_BYTE * space.checkpoint_bytes
+    return PredictionFacts(
+        speed=found,
+        steps_left=left,
+        seconds=left * step_s + validation_s,
+        nodes=nodes,
+        stall_s=stall_s,
+        every_s=config.rhythm.checkpoint_every_steps * step_s,
+        best_s=prediction.daly_s(stall_s, prediction.NODE_MTBF_S / nodes),
+        step_s=step_s,
+        stored=stored,
+    )
+
+
+def measured_speed(journal: Iterable[dict]) -> Speed | None:
+    """The median of the newest measurements of training in a run's journal; None where there is none."""
+    found = [(e["metrics"].get("images_per_s", 0.0), e["step"]) for e in journal if e.get("kind") == "train"]
+    newest = [(speed, step) for speed, step in found if speed > 0][-_NEWEST:]
+    return Speed(statistics.median(speed for speed, _ in newest), newest[-1][1]) if newest else None
+
+
+_NEWEST = 10  # measurements
+
+
+def _assumed_speed(config: TrainConfig, model: ModelFacts, placement: Placement) -> Speed | str:
+    """By multiply-adds; or why not."""
+    if config.model.factory:
+        return "unknown before it has trained: what an own network costs is not known"
+    if placement.use_gpu and config.numerics.precision is Precision.FP32:
+        return "unknown before it has trained: what is known of GPUs is of bf16"
+    size, group, workers = config.batch.global_batch_size, config.batch.bn_group_size, placement.num_workers
+    if workers > size // group:
+        return f"unknown before it has trained: {workers} workers share {size // group} batch-norm groups, never timed"
+    cost = ModelCost(model.flops, model.layers, model.parameters)
+    chip = prediction.assumed_chip(cost, cpus=0 if placement.use_gpu else placement.cpus_per_worker)
+    return Speed(size / prediction.step_time(cost, chip, _NO_WIRES, workers, size, group).seconds)
+
+
+_NO_WIRES = Wires(1, math.inf, math.inf, 0.0, 0.0, 0.0)  # nothing is known of them
 
 
 _AT_A_TIME = 1 << 20

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from orchestrator.config import Order, TrainConfig
+from orchestrator.control import prediction
 from orchestrator.control.checks import Verdict
 from orchestrator.control.facts import (
     BatchFacts,
@@ -23,10 +24,12 @@ from orchestrator.control.facts import (
     Machines,
     PlacementFacts,
     Plan,
+    PredictionFacts,
     RunFacts,
     RunState,
     TestFacts,
 )
+from orchestrator.control.terminal import duration
 from orchestrator.masking import masked
 from orchestrator.world import Share
 
@@ -48,6 +51,7 @@ def show(console: Console, plan: Plan, recipe: TrainConfig) -> None:
         "tests": _test_lines(plan.tests),
         "batch": _batch_lines(plan.batch),
         "workers": _worker_lines(plan.machines, plan.placement),
+        "prediction": _prediction_lines(plan),
     }
     for label, lines in sections.items():
         for number, line in enumerate(lines):
@@ -279,6 +283,42 @@ def _share(share: Share) -> str:
     return f"group {last}" if share.num_groups == 1 else f"groups {share.first_group}-{last}"
 
 
+def _prediction_lines(plan: Plan) -> Iterator[str]:
+    of, rhythm = plan.prediction, plan.config.rhythm
+    if of is None:
+        return
+    if of.trouble or plan.placement is None:
+        yield of.trouble
+    else:
+        p = plan.placement.placement
+        hours, kind = p.num_workers * of.seconds / 3600, "GPU" if p.use_gpu else "CPU worker"
+        yield (
+            f"about {duration(of.seconds)} ({_rounded(hours)} {kind} hours) for the {of.steps_left:,} steps left and "
+            f"their validations, at {_rounded(of.speed.images_per_s)} images/s {_basis(of, p.use_gpu)}"
+        )
+        steps = max(1, round(of.best_s / of.step_s))
+        yield (
+            f"rhythm.checkpoint_every_steps {rhythm.checkpoint_every_steps:,} is one in {duration(of.every_s)}; "
+            f"{steps:,} (one in {duration(of.best_s)}) would cost least if a node fails every "
+            f"{prediction.NODE_MTBF_S / 3600:,.0f} h and a checkpoint holds training up for {of.stall_s:.2g} s (both "
+            f"assumed; {_count(of.nodes, 'node')})"
+        )
+    if of.stored is not None:
+        s = of.stored
+        rest = f", finished model {_bytes(s.model)}, scores {_bytes(s.scores)}" if s.model else ""
+        yield f"stored, at most: {_bytes(s.total)}: checkpoints {_bytes(s.checkpoints)}{rest}"
+
+
+def _basis(of: PredictionFacts, use_gpu: bool) -> str:
+    if of.speed.step:
+        return f"(measured up to step {of.speed.step:,}, on the workers of then)"
+    if use_gpu:
+        known = f"ResNet-50 at {prediction.GPU_IMAGES_PER_S:,.0f} on an H200"
+    else:
+        known = f"{prediction.CPU_FLOPS_PER_CORE_S / 1e9:g} billion a second and core"
+    return f"(assumed, by multiply-adds from {known}; input and network left out)"
+
+
 # -- numbers --------------------------------------------------------------------------------------------------------
 
 
@@ -300,6 +340,10 @@ def _count(number: int, noun: str) -> str:
 
 def _number(number: float) -> str:
     return f"{number:,.2f}".rstrip("0").rstrip(".")
+
+
+def _rounded(number: float) -> str:
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
 
 
 def _bytes(number: int) -> str:

@@ -18,11 +18,15 @@ from rich.console import Console
 
 from orchestrator.config import (
     BatchConfig,
+    EvaluationConfig,
     Family,
     ModelConfig,
+    NumericsConfig,
     PlacementConfig,
     PlateauError,
     PolicyKind,
+    Precision,
+    Protocol,
     RhythmConfig,
     ScheduleConfig,
     TrainConfig,
@@ -30,9 +34,20 @@ from orchestrator.config import (
 )
 from orchestrator.control import dry_run, facts, page
 from orchestrator.control.checks import Verdict
-from orchestrator.control.facts import Machines, Plan, RunState, batch_facts, placement_facts, schedule_facts
+from orchestrator.control.facts import (
+    Machines,
+    Plan,
+    PredictionFacts,
+    RunState,
+    batch_facts,
+    measured_speed,
+    placement_facts,
+    schedule_facts,
+)
+from orchestrator.control.terminal import duration
 from orchestrator.ray_session import Cluster, Node
 from orchestrator.storage import Storage
+from orchestrator.training.checkpoint import newest_journal
 from orchestrator.training.trainer import _validation_due, train
 from orchestrator.world import World
 from tests.data.build import build, jpeg, noise_image
@@ -96,6 +111,14 @@ def test_a_run_before_between_and_after_its_starts(prepared: Path, tmp_path: Pat
 
     text = page_of(between)
     assert f"goes on: a start would train from step {records[-1].step} of 30, the newest checkpoint" in text
+    # Its speed is read out of its journal.
+    journal = [
+        e["metrics"]["images_per_s"] for e in newest_journal(Storage(str(group.run_path))) if e["kind"] == "train"
+    ]
+    assert between.prediction is not None
+    assert between.prediction.speed.images_per_s == np.median(journal[-10:])
+    assert between.prediction.steps_left == 30 - records[-1].step
+    assert f"images/s (measured up to step {records[-1].step}," in text
     start = r"this would be start number 2; while number 1 \(process \d+ on \S+, .{19}\) is at work it is refused"
     assert re.search(start, text)
 
@@ -121,6 +144,7 @@ def test_a_run_before_between_and_after_its_starts(prepared: Path, tmp_path: Pat
     assert done.run is not None
     assert done.run.outcome is not None
     assert (done.run.state, done.run.step) == (RunState.FINISHED, 30)
+    assert done.prediction is None
     assert "finished: 30 steps done" in page_of(done)
     assert [f.name for f in rehearse(replace(config, seed=7)).refusals] == ["identity"]
 
@@ -154,6 +178,15 @@ def test_validations_and_checkpoints_are_counted_by_the_trainers_rule(monkeypatc
     half = replace(TrainConfig(), schedule=ScheduleConfig(max_epochs=0.5))
     found = schedule_facts(half, 1_281_167)
     assert (found.steps, found.images_seen, round(found.steps_per_epoch, 1)) == (2503, 640_768, 5004.6)
+
+
+def test_a_measured_speed_is_the_median_of_the_newest() -> None:
+    events = [{"kind": "train", "step": n, "metrics": {"images_per_s": float(n)}} for n in range(1, 30)]
+    found = measured_speed([*events, {"kind": "validation", "step": 30, "metrics": {}}])
+    assert found is not None
+    assert (found.images_per_s, found.step) == (24.5, 29)
+    assert measured_speed([]) is None
+    assert measured_speed([{"kind": "train", "step": 1, "metrics": {}}]) is None
 
 
 def test_policies_in_words() -> None:
@@ -301,6 +334,54 @@ def test_a_described_cluster_is_packed_node_by_node(prepared: Path, tmp_path: Pa
     assert verdicts(small)["workers"] == "warning"
     assert "a start would wait 600 s for machines" in text_of(small, "workers")
     assert verdicts(dry_run.plan(elastic, dry_run.described(["1x8x8"]), NO_TRACKING))["workers"] == "refused"
+
+
+def test_time_storage_and_checkpoints_are_foretold(prepared: Path, tmp_path: Path) -> None:
+    small = small_config(prepared, tmp_path / "runs", "r")
+    config = replace(
+        small,
+        batch=BatchConfig(256, 32),
+        schedule=ScheduleConfig(max_steps=10_000),
+        evaluation=EvaluationConfig(protocols=(Protocol.TEN_CROP,), splits=("val", "test")),
+    )
+
+    def foretold(config: TrainConfig, nodes: str) -> tuple[PredictionFacts, str]:
+        plan = dry_run.plan(config, dry_run.described([nodes]), NO_TRACKING)
+        assert not plan.refusals, plan.findings
+        assert plan.prediction is not None
+        assert plan.model is not None
+        assert plan.space is not None
+        if not plan.prediction.trouble:
+            training_s = 256 * 10_000 / plan.prediction.speed.images_per_s
+            assert plan.schedule is not None
+            validation_s = plan.schedule.validations * 30 / plan.prediction.speed.images_per_s / 3
+            assert plan.prediction.seconds == pytest.approx(training_s + validation_s)
+        s = plan.prediction.stored
+        assert s is not None
+        assert s.checkpoints == plan.space.checkpoint_bytes * (small.rhythm.keep_last + 2)
+        assert s.model == plan.space.checkpoint_bytes - 4 * plan.model.parameters
+        assert s.scores == (30 + 10) * 6 * 4
+        return plan.prediction, page_of(plan)
+
+    one, text = foretold(config, "1x1x0")
+    four, _ = foretold(config, "4x1x0")
+    assert four.speed.images_per_s == pytest.approx(4 * one.speed.images_per_s)
+    assert four.best_s == pytest.approx(one.best_s / 2, rel=0.01)  # four nodes fail four times as often
+    assert "(assumed, by multiply-adds from 10 billion a second and core; input and network left out)" in text
+    assert f"rhythm.checkpoint_every_steps 3 is one in {duration(3 * 256 / one.speed.images_per_s)};" in text
+    assert "CPU worker hours) for the 10,000 steps left" in text
+    gpu, text = foretold(config, "1x64x8")
+    assert gpu.speed.images_per_s > 8 * one.speed.images_per_s
+    assert "from ResNet-50 at 3,080 on an H200" in text
+    shared, text = foretold(config, "2x64x8")
+    assert shared.speed.images_per_s == 0
+    assert "prediction unknown before it has trained: 16 workers share 8 batch-norm groups, never timed" in text
+    fp32 = replace(config, numerics=NumericsConfig(precision=Precision.FP32))
+    assert "what is known of GPUs is of bf16" in foretold(fp32, "1x64x8")[1]
+    own = replace(config, model=ModelConfig(factory="tests.training.networks:tiny"))
+    assert "what an own network costs is not known" in foretold(own, "1x64x8")[1]
+    lost = dry_run.plan(config, Machines("lost", None, trouble="no answer"), NO_TRACKING)
+    assert "prediction unknown: see the checks" in page_of(lost)
 
 
 @pytest.mark.parametrize("words", ["8", "8x64", "0x1x1", "1x0x1", "axbxc", "1x2x-1"])

@@ -46,6 +46,9 @@ def test_a_page_tells_what_would_happen(typed: Run, tmp_path: Path, prepared: Pa
         "learning rate 0.05, times 0.1",
         "64 images = 2 batch-norm groups of 32",
         "numbers of workers that fit: 1-2, 4, 8, 16, 32, 64",
+        " CPU worker hours) for the 45 steps left and their validations, at ",
+        "rhythm.checkpoint_every_steps 100 is one in 0:00:",
+        "stored, at most: 357.9 MB: checkpoints 357.9 MB",
         "ok tracking: MLflow at sqlite:///",
         "A start would go on: exit code 0.",
     ):
