@@ -318,7 +318,8 @@ def _summary(console: Console, config: TrainConfig, outcome: Outcome | None, tes
             ("weights", f"SHA-256 {outcome.weights_sha256}"),
             ("curves", f"{run.url}/{FIGURE}"),
         ]
-        rows += [("time", text) for text in bottleneck.told(journal_of(run))]
+        times = bottleneck.account_of(journal_of(run))
+        rows += [("time", text) for text in (times.line(), times.advice()) if text]
     if tests:
         rows += [
             (

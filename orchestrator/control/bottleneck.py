@@ -13,7 +13,6 @@ from orchestrator.training.clock import (
     OTHER,
     PARTS,
     REDUCE,
-    SHARE,
     VALIDATION,
 )
 
@@ -45,26 +44,41 @@ _ADVICE = {
 }
 
 
-def shares_of(journal: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Share of each part in the time that the journal's measurements cover; {} where they tell nothing of it."""
-    seconds = dict.fromkeys(PARTS, 0.0)
+class TimeAccount:
+    """Adds up the seconds of each part over a run's measurements (its events of kind "train")."""
+
+    def __init__(self) -> None:
+        self._seconds = dict.fromkeys(PARTS, 0.0)
+
+    def add(self, event: Mapping[str, Any]) -> None:
+        for part, seconds in event.get("seconds", {}).items():
+            self._seconds[part] = self._seconds.get(part, 0.0) + seconds
+
+    def shares(self) -> dict[str, float]:
+        """Of each part in all the time, in [0, 1]; {} where nothing is known."""
+        total = sum(self._seconds.values())
+        return {part: seconds / total for part, seconds in self._seconds.items()} if total else {}
+
+    def line(self) -> str:
+        """``forward and backward 93.1 %, input 4.0 %, …``; "" where nothing is known."""
+        parts = sorted(self.shares().items(), key=lambda item: -item[1])
+        return ", ".join(f"{_WORDS.get(part, part)} {100 * share:.1f} %" for part, share in parts if share >= 0.0005)
+
+    def advice(self) -> str:
+        """The bottleneck, and what could be done about it; "" where nothing is known."""
+        shares = self.shares()
+        over = {part: shares[part] - limit for part, (limit, _) in _ADVICE.items() if shares.get(part, 0.0) > limit}
+        if not shares:
+            return ""
+        if not over:
+            return "the network itself takes the time, as it should"
+        worst = max(over, key=lambda part: over[part])
+        return f"bottleneck: {_WORDS[worst]}: {_ADVICE[worst][1]}"
+
+
+def account_of(journal: Iterable[Mapping[str, Any]]) -> TimeAccount:
+    account = TimeAccount()
     for event in journal:
-        if event["kind"] == "train" and "interval_s" in event:
-            for part in PARTS:
-                seconds[part] += event["interval_s"] * event["metrics"].get(f"{SHARE}{part}", 0.0)
-    total = sum(seconds.values())
-    return {part: value / total for part, value in seconds.items()} if total else {}
-
-
-def told(journal: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Lines for a person: the shares, and the bottleneck with advice; [] where nothing is known."""
-    shares = shares_of(journal)
-    if not shares:
-        return []
-    parts = sorted(shares.items(), key=lambda item: -item[1])
-    lines = [", ".join(f"{_WORDS[part]} {100 * share:.1f} %" for part, share in parts if share >= 0.0005)]
-    over = {part: shares[part] - limit for part, (limit, _) in _ADVICE.items() if shares[part] > limit}
-    if not over:
-        return [*lines, "the network itself takes the time, as it should"]
-    worst = max(over, key=lambda part: over[part])
-    return [*lines, f"bottleneck: {_WORDS[worst]}: {_ADVICE[worst][1]}"]
+        if event["kind"] == "train":
+            account.add(event)
+    return account

@@ -41,7 +41,7 @@ def experiment_tags(experiment_id: str, time_ms: int) -> dict[str, str]:
         "- `best_validation_top1_error` is the lowest so far; columns show the newest value of every other metric.\n"
         "- `epoch` counts passes over the training set: choose it for the x axis where batch sizes differ.\n"
         "- `images_per_s` is of all workers; `data_wait_share` is the part of the time in which training waited for"
-        " data; `time_share_…` say where the time went; `replaced_images` could not be decoded.\n"
+        " data (tag `time`: where all of it went); `replaced_images` are those that could not be decoded.\n"
         "- Tag `changes`: what a run sets otherwise than its recipe. `starts`: how often it was started; it goes on in"
         " one row.\n"
         "- A campaign is a row; its members and their ensemble unfold below it where the table is not sorted by a"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import Enum, StrEnum
 from typing import Any
 
+from orchestrator.control.bottleneck import TimeAccount
 from orchestrator.control.curves import EventKind
 from orchestrator.masking import masked
 
@@ -55,6 +56,7 @@ class Account:
         self._best_error = math.inf
         self._best = self._last = ""
         self._tests: dict[str, str] = {}
+        self._times = TimeAccount()
         self.step = -1  # of the last validation
 
     def entry(self, event: Mapping[str, Any]) -> Entry | None:
@@ -81,6 +83,9 @@ class Account:
                         metrics[cleaned_key(key)] = float(f"{value:.6g}") if math.isfinite(value) else math.nan
                 if kind is EventKind.VALIDATION:
                     self._take_validation(step, metrics)
+                elif "seconds" in event:
+                    self._times.add(event)
+                    tags["time"] = cleaned_value(self._times.line())
             case EventKind.DECISION:
                 tags["last_decision"] = cleaned_value(_sentence(step, event["decision"]))
             case EventKind.CHECKPOINT:

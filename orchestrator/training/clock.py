@@ -18,13 +18,6 @@ INPUT, COMPUTE, REDUCE, OPTIMIZER = "input", "compute", "all_reduce", "optimizer
 VALIDATION, CHECKPOINT, OTHER = "validation", "checkpoint", "other"
 PARTS = (INPUT, COMPUTE, REDUCE, OPTIMIZER, VALIDATION, CHECKPOINT, OTHER)
 _OF_A_STEP = PARTS[:4]
-SHARE = "time_share_"  # begins the names of metrics
-
-
-def shares(seconds: dict[str, float]) -> dict[str, float]:
-    """``Clock.seconds`` as metrics: ``time_share_input`` …, in [0, 1]."""
-    total = max(1e-9, sum(seconds.values()))
-    return {f"{SHARE}{part}": value / total for part, value in seconds.items()}
 
 
 class StepTimes:
@@ -157,4 +150,5 @@ class Clock:
         """All seconds since ``restart``, by part; ``step``: the mean of its steps (``StepTimes.take``)."""
         elapsed = time.monotonic() - self._start
         found = {part: seconds * self._steps for part, seconds in step.items()} | self._stalled
-        return {part: found.get(part, 0.0) for part in PARTS[:-1]} | {OTHER: max(0.0, elapsed - sum(found.values()))}
+        found[OTHER] = max(0.0, elapsed - sum(found.values()))
+        return {part: round(found.get(part, 0.0), 4) for part in PARTS}

@@ -28,7 +28,7 @@ from orchestrator.training.assembly import (
     views_of,
 )
 from orchestrator.training.checkpoint import Checkpoints, Snapshot, checkpoint_event, weights_sha256
-from orchestrator.training.clock import CHECKPOINT, VALIDATION, Clock, StepTimes, shares
+from orchestrator.training.clock import CHECKPOINT, VALIDATION, Clock, StepTimes
 from orchestrator.training.failures import NotFiniteError, PreemptedError
 from orchestrator.training.meters import Totals
 from orchestrator.training.notices import Event, notice
@@ -186,8 +186,7 @@ def train(
             stragglers.look(world.gather(times.own_seconds() / len(batch.indices)))
             seconds = clock.seconds(times.take())
             metrics = _train_metrics(totals, take_step.optimizer.lr, clock.speed() | stragglers.metrics())
-            metrics |= shares(seconds)
-            record("train", metrics=metrics, samples=f"{totals.samples:016x}", interval_s=sum(seconds.values()))
+            record("train", metrics=metrics, samples=f"{totals.samples:016x}", seconds=seconds)
             if totals.skipped_steps:
                 tell(notice(f"{totals.skipped_steps} of the steps up to {step} changed nothing: {_NOT_FINITE}"))
             if slow := stragglers.slow_warning():

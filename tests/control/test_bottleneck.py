@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from orchestrator.control import bottleneck
-from orchestrator.training.clock import CHECKPOINT, PARTS, SHARE, VALIDATION, Clock, StepTimes, shares
+from orchestrator.control.entries import Account
+from orchestrator.training.clock import CHECKPOINT, PARTS, VALIDATION, Clock, StepTimes
 
 
 def journal_of(**seconds: float) -> list[dict[str, object]]:
-    parts = dict.fromkeys(PARTS, 0.0) | seconds
-    return [{"kind": "train", "interval_s": sum(parts.values()), "metrics": shares(parts)}, {"kind": "validation"}]
+    return [{"kind": "train", "seconds": dict.fromkeys(PARTS, 0.0) | seconds}, {"kind": "validation"}]
 
 
 def test_seconds_of_a_step_are_of_its_parts() -> None:
@@ -77,16 +77,27 @@ def test_steps_that_are_not_timed_are_taken_to_be_like_the_others() -> None:
     ],
 )
 def test_the_bottleneck_has_a_name_and_advice(seconds: dict[str, float], worst: str) -> None:
-    lines = bottleneck.told(journal_of(**seconds))
-    assert lines[0].startswith("forward and backward ")
-    assert lines[1].startswith(worst)
+    account = bottleneck.account_of(journal_of(**seconds))
+    assert account.line().startswith("forward and backward ")
+    assert account.advice().startswith(worst)
 
 
 def test_intervals_count_by_their_length() -> None:
-    journal = journal_of(compute=90.0) + journal_of(input=10.0)
-    assert bottleneck.shares_of(journal)["input"] == pytest.approx(0.1)
-    assert all(name.startswith(SHARE) for name in shares(dict.fromkeys(PARTS, 1.0)))
+    account = bottleneck.account_of(journal_of(compute=90.0) + journal_of(input=10.0))
+    assert account.shares()["input"] == pytest.approx(0.1)
+    assert account.line() == "forward and backward 90.0 %, input 10.0 %"
 
 
 def test_a_journal_without_times_tells_nothing() -> None:
-    assert bottleneck.told([{"kind": "train", "metrics": {"images_per_s": 3.0}}]) == []
+    account = bottleneck.account_of([{"kind": "train", "metrics": {"images_per_s": 3.0}}])
+    assert (account.shares(), account.line(), account.advice()) == ({}, "", "")
+
+
+def test_mlflow_has_it_in_a_tag() -> None:
+    account = Account()
+    event = {"step": 1, "epoch": 0.1, "time_ms": 5, "metrics": {}}
+    for each in journal_of(compute=30.0) + journal_of(input=10.0):
+        if each["kind"] == "train":
+            entry = account.entry(event | each)
+    assert entry is not None
+    assert entry.tags == {"time": "forward and backward 75.0 %, input 25.0 %"}

@@ -30,7 +30,6 @@ from orchestrator.data.sampling import SampleStream
 from orchestrator.data.shards import DataSet
 from orchestrator.storage import Storage
 from orchestrator.training.checkpoint import Checkpoints, Snapshot
-from orchestrator.training.clock import SHARE
 from orchestrator.training.meters import sample_checksum
 from orchestrator.training.ownership import claim
 from orchestrator.training.pulse import Pulse
@@ -205,9 +204,9 @@ def history(journal: list[dict[str, Any]]) -> list[dict[str, Any]]:
     clocks = {"images_per_s", "data_wait_share", "validation_s", "slowest_worker_ratio"}
     return [
         {
-            k: ({m: x for m, x in v.items() if m not in clocks and SHARE not in m} if k == "metrics" else v)
+            k: ({m: x for m, x in v.items() if m not in clocks} if k == "metrics" else v)
             for k, v in e.items()
-            if k not in ("time_ms", "interval_s")
+            if k not in ("time_ms", "seconds")
         }
         for e in journal
     ]
