@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from orchestrator.training.clock import (
+from orchestrator.training.time_parts import (
     CHECKPOINT,
     COMPUTE,
     INPUT,

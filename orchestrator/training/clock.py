@@ -10,13 +10,10 @@ from itertools import pairwise
 
 import torch
 
+from orchestrator.training.time_parts import OTHER, PARTS
+
 _PROGRESS_EVERY_S = 1.0
 _MOST_STEPS_TIMED = 256  # between two measurements: the others are taken to be like them
-
-# Parts of the time of rank 0; the first four are a step's, as its device sees them.
-INPUT, COMPUTE, REDUCE, OPTIMIZER = "input", "compute", "all_reduce", "optimizer"
-VALIDATION, CHECKPOINT, OTHER = "validation", "checkpoint", "other"
-PARTS = (INPUT, COMPUTE, REDUCE, OPTIMIZER, VALIDATION, CHECKPOINT, OTHER)
 _OF_A_STEP = PARTS[:4]
 
 

@@ -28,7 +28,7 @@ from orchestrator.training.assembly import (
     views_of,
 )
 from orchestrator.training.checkpoint import Checkpoints, Snapshot, checkpoint_event, weights_sha256
-from orchestrator.training.clock import CHECKPOINT, VALIDATION, Clock, StepTimes
+from orchestrator.training.clock import Clock, StepTimes
 from orchestrator.training.failures import NotFiniteError, PreemptedError
 from orchestrator.training.meters import Totals
 from orchestrator.training.notices import Event, notice
@@ -46,6 +46,7 @@ from orchestrator.training.pulse import Phase, Pulse, Wish
 from orchestrator.training.run import Outcome, check_identity, eventually, finish, finished, run_storage
 from orchestrator.training.step import ClassificationStep
 from orchestrator.training.stragglers import Stragglers
+from orchestrator.training.time_parts import CHECKPOINT, VALIDATION
 from orchestrator.training.validation import validate
 from orchestrator.world import World
 

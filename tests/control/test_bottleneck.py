@@ -9,7 +9,8 @@ import torch
 
 from orchestrator.control import bottleneck
 from orchestrator.control.entries import Account
-from orchestrator.training.clock import CHECKPOINT, PARTS, VALIDATION, Clock, StepTimes
+from orchestrator.training.clock import Clock, StepTimes
+from orchestrator.training.time_parts import CHECKPOINT, PARTS, VALIDATION
 
 
 def journal_of(**seconds: float) -> list[dict[str, object]]:
