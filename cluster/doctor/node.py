@@ -143,7 +143,7 @@ def decode(device: str) -> float:
         resized = stored.convert("RGB").resize((crop, crop), Image.Resampling.BILINEAR)
     one = np.ones(1)
     view = Views(0 * one, 0 * one, width * one, height * one, one < 0, np.zeros((1, 3), np.float32))
-    decoder = Decoder(DecodeSettings(device=device), 1, crop, np.zeros(3))
+    decoder = Decoder(DecodeSettings(device=device), 1, crop, np.zeros(3, np.float32), of_whole=True)
     decoder.submit([np.frombuffer(stream.getvalue(), np.uint8)], view, width * one, height * one)
     pixels = decoder.collect().cpu().numpy()[0]
     error = float(np.mean((pixels - np.asarray(resized, np.float32)) ** 2))

@@ -69,22 +69,25 @@ def _references(arrays: list[np.ndarray]) -> list[int]:
 _UNSEEN = _references([np.empty(0)])[0]  # of an array that only its list holds
 
 
-class _Copies:
-    """Copies of arrays in memory that is used again once nobody sees a copy any more: fresh pages cost more than it."""
+class Buffers:
+    """Arrays whose memory is used again once nobody sees them any more: fresh pages cost more than a copy."""
 
     def __init__(self) -> None:
         self._arrays: list[np.ndarray] = []
 
-    def of(self, source: np.ndarray) -> torch.Tensor:
-        """A copy of its own of ``source``."""
+    def take(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """One that nobody else sees, its content undefined."""
         seen = _references(self._arrays)
         free = [array for array, times in zip(self._arrays, seen, strict=True) if times <= _UNSEEN]
-        fits = [array for array in free if array.shape == source.shape and array.dtype == source.dtype]
+        fits = [array for array in free if array.shape == shape and array.dtype == dtype]
         if not fits:
             unfit = {id(array) for array in free}
-            fits = [np.empty_like(source)]
+            fits = [np.empty(shape, dtype)]
             self._arrays = [array for array in self._arrays if id(array) not in unfit] + fits
-        copy = torch.from_numpy(fits[0])
+        return fits[0]
+
+    def copy_of(self, source: np.ndarray) -> torch.Tensor:
+        copy = torch.from_numpy(self.take(source.shape, source.dtype))
         copy.copy_(torch.from_numpy(source))
         return copy
 
@@ -92,24 +95,33 @@ class _Copies:
 class AnyDecoder(ABC, Generic[Seen, Pixels]):
     """A DALI pipeline that is fed explicitly: encoded images and what is seen of them in, pixels out, in order."""
 
-    def __init__(self, settings: DecodeSettings, batch_size: int) -> None:
+    def __init__(self, settings: DecodeSettings, batch_size: int, queue_depth: int) -> None:
+        """``queue_depth``: batches that the pipeline may have in work."""
         # Imported here: half a second and 200 MB that only a process with an input side pays.
         from nvidia.dali import pipeline_def
 
-        self.settings, self.batch_size, self._copies = settings, batch_size, _Copies()
+        self.settings, self.batch_size, self._buffers = settings, batch_size, Buffers()
 
         @pipeline_def(
             batch_size=batch_size,
             num_threads=settings.num_threads,
             device_id=settings.device_id if settings.device == "cuda" else None,
-            prefetch_queue_depth=settings.prefetch_batches,
+            prefetch_queue_depth=queue_depth,
         )
         def graph() -> Any:
             return self._graph()
 
         self._pipeline = graph()
         self._pipeline.build()
-        self._prime()
+        self._prime(queue_depth)
+
+    @property
+    def depth(self) -> int:
+        """Batches that may be submitted and not collected."""
+        return self.settings.prefetch_batches
+
+    def close(self) -> None:
+        """End what still works on batches that nobody will collect."""
 
     @abstractmethod
     def submit(self, encoded: list[np.ndarray], views: Seen, width: np.ndarray, height: np.ndarray) -> None:
@@ -174,18 +186,21 @@ class AnyDecoder(ABC, Generic[Seen, Pixels]):
         self,
         encoded: list[np.ndarray],
         regions: np.ndarray,
-        sizes: Sequence[tuple[int, int]],
+        sizes: Sequence[tuple[int, int]] | None,
         image_width: np.ndarray,
         image_height: np.ndarray,
     ) -> np.ndarray:
-        """Feed encoded images and the part of each that is decoded: what encloses its ``regions`` [K, n, 4], which are
-        resized to ``sizes`` (height, width). Returns the regions within those parts.
+        """Feed encoded images and the part of each that is decoded: what encloses its ``regions`` [K, n, 4]. Where they
+        are cut out of a whole image that is resized (to ``sizes``: height, width), with what the filter reads around
+        them. Returns the regions within those parts.
         """
         x0, y0, x1, y1 = np.moveaxis(regions, 2, 0)
-        height, width = np.array(sizes, np.float64).T[:, :, None]
-        # The antialiasing filter reads outside the region by its own support: one output pixel, in input pixels.
-        margin_x = np.maximum(4, np.ceil((x1 - x0) / width) + 1)
-        margin_y = np.maximum(4, np.ceil((y1 - y0) / height) + 1)
+        margin_x = margin_y = np.zeros(x0.shape)
+        if sizes is not None:
+            height, width = np.array(sizes, np.float64).T[:, :, None]
+            # The antialiasing filter reads outside the region by its own support: one output pixel, in input pixels.
+            margin_x = np.maximum(4, np.ceil((x1 - x0) / width) + 1)
+            margin_y = np.maximum(4, np.ceil((y1 - y0) / height) + 1)
         left, top = (np.maximum(0, np.floor(a).min(0)) for a in (x0 - margin_x, y0 - margin_y))
         right = np.minimum(image_width, np.ceil(x1 + margin_x).max(0))
         bottom = np.minimum(image_height, np.ceil(y1 + margin_y).max(0))
@@ -199,9 +214,8 @@ class AnyDecoder(ABC, Generic[Seen, Pixels]):
         self._pipeline.feed_input(f"roi_start{suffix}", np.ascontiguousarray(region[:, [1, 0]], np.float32))
         self._pipeline.feed_input(f"roi_end{suffix}", np.ascontiguousarray(region[:, [3, 2]], np.float32))
 
-    def _prime(self) -> None:
+    def _prime(self, depth: int) -> None:
         """Run the pipeline on gray pixels: its first schedule_run takes as many batches as it may prefetch."""
-        depth = self.settings.prefetch_batches
         gray = {"anchor": np.zeros((1, 2), np.int32), "shape": np.ones((1, 2), np.int32), **self._gray()}
         for _ in range(depth):
             self._pipeline.feed_input("encoded", [gray_jpeg()])
@@ -225,18 +239,26 @@ class AnyDecoder(ABC, Generic[Seen, Pixels]):
         else:
             views = [np.asarray(output.as_tensor()) for output in outputs]  # DALI reuses what they show
             assert [view.shape for view in views] == list(shapes)
-            pixels = [self._copies.of(view) for view in views]
+            pixels = [self._buffers.copy_of(view) for view in views]
         self._pipeline.release_outputs()
         return pixels
 
 
 class Decoder(AnyDecoder[Views, torch.Tensor]):
-    """One view of each image: pixels [N, S, S, 3] float32 or float16, in order, less ``channel_mean`` [3] float32."""
+    """One view of each image: pixels [N, S, S, 3] float32 or float16, in order, less ``mean``.
 
-    def __init__(self, settings: DecodeSettings, batch_size: int, crop: int, channel_mean: np.ndarray) -> None:
-        self.crop, self._mean = crop, channel_mean
+    mean: [3] or [3, S, S] float32. of_whole: the view is cut out of the resized whole image (tests), else the region is
+    cut out and resized (training): the filter does not see what is around it.
+    """
+
+    def __init__(
+        self, settings: DecodeSettings, batch_size: int, crop: int, mean: np.ndarray, *, of_whole: bool
+    ) -> None:
+        self.crop, self._sizes = crop, [(crop, crop)] if of_whole else None
+        self._channel_mean = mean if mean.ndim == 1 else np.zeros(3, np.float32)
+        self._mean_image = torch.from_numpy(mean.transpose(1, 2, 0).copy()) if mean.ndim == 3 else None
         self._counts: deque[int] = deque()
-        super().__init__(settings, batch_size)
+        super().__init__(settings, batch_size, settings.prefetch_batches)
 
     def _graph(self) -> Any:
         import nvidia.dali.fn as fn
@@ -256,16 +278,20 @@ class Decoder(AnyDecoder[Views, torch.Tensor]):
 
     def submit(self, encoded: list[np.ndarray], views: Views, width: np.ndarray, height: np.ndarray) -> None:
         regions = np.stack([views.x0, views.y0, views.x1, views.y1], 1)[None]
-        (region,) = self._feed(encoded, regions, [(self.crop, self.crop)], width, height)
+        (region,) = self._feed(encoded, regions, self._sizes, width, height)
         self._feed_region(region, "")
         self._pipeline.feed_input("flip", views.flip.astype(np.int32))
-        self._pipeline.feed_input("shift", (self._mean - views.colour_shift).astype(np.float32))
+        self._pipeline.feed_input("shift", (self._channel_mean - views.colour_shift).astype(np.float32))
         self._pipeline.schedule_run()
         self._counts.append(len(encoded))
 
     def collect(self) -> torch.Tensor:
         shape = (self._counts.popleft(), self.crop, self.crop, 3)
-        return self._collect([shape], torch.float16 if self.settings.half else torch.float32)[0]
+        pixels = self._collect([shape], torch.float16 if self.settings.half else torch.float32)[0]
+        if self._mean_image is not None:
+            self._mean_image = self._mean_image.to(pixels.device, pixels.dtype)
+            pixels -= self._mean_image
+        return pixels
 
 
 class ManyDecoder(AnyDecoder[ManyViews, tuple[torch.Tensor, ...]]):
@@ -274,7 +300,7 @@ class ManyDecoder(AnyDecoder[ManyViews, tuple[torch.Tensor, ...]]):
     def __init__(self, settings: DecodeSettings, batch_size: int, num_views: int) -> None:
         self._num_views = num_views
         self._shapes: deque[list[tuple[int, ...]]] = deque()
-        super().__init__(settings, batch_size)
+        super().__init__(settings, batch_size, settings.prefetch_batches)
 
     def _graph(self) -> Any:
         images = self._decoded()

@@ -15,6 +15,7 @@ from typing import Generic
 import numpy as np
 import torch
 
+from orchestrator.data.cpu_decoder import CpuDecoder
 from orchestrator.data.decoder import AnyDecoder, Decoder, DecodeSettings, Pixels, Seen, gray_jpeg, is_jpeg
 from orchestrator.data.sampling import Purpose, SampleStream
 from orchestrator.data.shards import Split
@@ -151,7 +152,7 @@ class Feed(ABC, Generic[Seen, Pixels]):
         if self._reading or self._decoding:  # an iteration before this one was given up in the middle
             self._reading.clear()
             self._decoding.clear()
-            self._decoder = self._new_decoder(self.settings, self.batch_size)
+            self._renew_decoder()
         originals: deque[Job[Seen]] = deque()
         depth = self.settings.prefetch_batches
         exhausted = False
@@ -162,7 +163,7 @@ class Feed(ABC, Generic[Seen, Pixels]):
                 if job is not None:
                     originals.append(job)
                     self._reading.append(self._threads.submit(self._prepare, job))
-            while self._reading and len(self._decoding) < depth:
+            while self._reading and len(self._decoding) < self._decoder.depth:
                 self._submit(self._reading.popleft().result())
             if not self._decoding:
                 return
@@ -173,6 +174,10 @@ class Feed(ABC, Generic[Seen, Pixels]):
                 continue
             originals.popleft()
             yield self._decoding.popleft(), pixels
+
+    def _renew_decoder(self) -> None:
+        self._decoder.close()
+        self._decoder = self._new_decoder(self.settings, self.batch_size)
 
     def _submit(self, job: Job[Seen]) -> None:
         assert job.views is not None
@@ -199,7 +204,7 @@ class Feed(ABC, Generic[Seen, Pixels]):
         if not found:
             raise error
         self._remember(failed=found)
-        self._decoder = self._new_decoder(self.settings, self.batch_size)
+        self._renew_decoder()
         self._decoding.clear()
         for job in originals:
             self._submit(self._threads.submit(self._prepare, job).result())
@@ -210,6 +215,7 @@ class Feed(ABC, Generic[Seen, Pixels]):
         self.split.close()
         self._reading.clear()
         self._decoding.clear()
+        self._decoder.close()
         del self._decoder
 
 
@@ -219,23 +225,13 @@ class _OneView(Feed[Views, torch.Tensor]):
     def __init__(
         self, split: Split, mean: Mean, settings: DecodeSettings, crop: int, batch_size: int, max_undecodable: int
     ) -> None:
-        self.crop = crop
-        self._channel_mean = mean.value if mean.value.ndim == 1 else np.zeros(3, np.float32)
-        self._mean_image: torch.Tensor | None = None
-        if mean.value.ndim == 3:
-            if mean.value.shape != (3, crop, crop):
-                raise ValueError(f"mean image of {mean.value.shape} does not fit crops of {crop} pixels")
-            self._mean_image = torch.from_numpy(mean.value.transpose(1, 2, 0).copy())
+        self.crop, self.mean = crop, mean.value
+        if mean.value.ndim == 3 and mean.value.shape != (3, crop, crop):
+            raise ValueError(f"mean image of {mean.value.shape} does not fit crops of {crop} pixels")
         super().__init__(split, settings, batch_size, max_undecodable)
-
-    def _new_decoder(self, settings: DecodeSettings, batch_size: int) -> Decoder:
-        return Decoder(settings, batch_size, self.crop, self._channel_mean)
 
     def _batch(self, job: Job[Views], pixels: torch.Tensor) -> Batch:
         assert job.unreadable is not None
-        if self._mean_image is not None:
-            self._mean_image = self._mean_image.to(pixels.device, pixels.dtype)
-            pixels -= self._mean_image
         labels = torch.from_numpy(self.split.label[job.indices].astype(np.int64))
         return Batch(
             images=pixels.permute(0, 3, 1, 2),
@@ -273,6 +269,11 @@ class TrainInput(_OneView):
         self._positions_of, self._start_step, self._ahead = positions_of, start_step, ahead
         ahead(int(first[0]))
         self._batches = self._iterate()
+
+    def _new_decoder(self, settings: DecodeSettings, batch_size: int) -> AnyDecoder[Views, torch.Tensor]:
+        if settings.device == "cpu":
+            return CpuDecoder(settings, batch_size, self.crop, self.mean)
+        return Decoder(settings, batch_size, self.crop, self.mean, of_whole=False)
 
     def _jobs(self) -> Iterator[Job[Views]]:
         step = self._start_step
@@ -326,6 +327,9 @@ class EvalInput(_OneView):
         super().__init__(split, mean, settings, view.crop, batch_size, max_undecodable)
         self.view = view
         self.num_batches = -(-len(split) // batch_size)
+
+    def _new_decoder(self, settings: DecodeSettings, batch_size: int) -> Decoder:
+        return Decoder(settings, batch_size, self.crop, self.mean, of_whole=True)
 
     def batches(self, rank: int, size: int) -> Iterator[Batch]:
         """The batches of worker ``rank`` of ``size``: numbers rank, rank + size, …, each whole."""

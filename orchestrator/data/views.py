@@ -72,11 +72,17 @@ def resized(width: np.ndarray, height: np.ndarray, shorter: np.ndarray) -> tuple
 def _crop_of_resized(
     width: np.ndarray, height: np.ndarray, shorter: np.ndarray, crop: int, where_x: np.ndarray, where_y: np.ndarray
 ) -> Region:
-    """Region of the stored image under a crop × crop window of the resized one; where_* place it in whole pixels."""
+    """Region of the stored image under a crop × crop window of the resized one; where_* place it.
+
+    It begins at whole pixels of the stored image, not of the resized one: there decoding can begin, and resizing.
+    """
     new_width, new_height = resized(width, height, shorter)
-    left, top = where_x * (new_width - crop + 1), where_y * (new_height - crop + 1)
-    left, top = np.floor(left).astype(np.int64), np.floor(top).astype(np.int64)
-    return _window(width / new_width, height / new_height, left, top, crop)
+    starts, ends = [], []
+    for side, new_side, where in ((width, new_width, where_x), (height, new_height, where_y)):
+        seen = crop * side / new_side
+        starts.append(np.floor(where * (np.floor(side - seen + 1e-6) + 1)))  # side − seen is rounded: 0 may be −1e-14
+        ends.append(np.minimum(side, starts[-1] + seen))
+    return starts[0], starts[1], ends[0], ends[1]
 
 
 def _window(step_x: np.ndarray, step_y: np.ndarray, left: np.ndarray, top: np.ndarray, crop: int) -> Region:

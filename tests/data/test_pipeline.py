@@ -70,13 +70,17 @@ def psnr_db(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def reference_scale_jitter(image: Image.Image, u: np.ndarray, view: TrainView) -> np.ndarray:
-    """The paper's words: resize the whole image so that the shorter side is S, cut out a square of whole pixels."""
+    """The image is resized so that its shorter side is S, a square cut out: here first cut out, then resized."""
     shorter = view.scale_min + int(u[0] * (view.scale_max - view.scale_min + 1))
     scale = shorter / min(image.size)
-    width, height = (int(side * scale + 0.5) for side in image.size)
-    whole = image.resize((width, height), Image.Resampling.BILINEAR)
-    x, y = int(u[1] * (width - view.crop + 1)), int(u[2] * (height - view.crop + 1))
-    return np.asarray(whole.crop((x, y, x + view.crop, y + view.crop)), np.float32)
+    start, end = [], []
+    for side, where in zip(image.size, u[1:3], strict=True):
+        seen = view.crop * side / int(side * scale + 0.5)
+        start.append(int(where * (int(side - seen + 1e-6) + 1)))
+        end.append(min(side, start[-1] + seen))
+    part = image.crop((*start, *(int(np.ceil(e)) for e in end)))
+    box = (0, 0, end[0] - start[0], end[1] - start[1])
+    return np.asarray(part.resize((view.crop, view.crop), Image.Resampling.BILINEAR, box=box), np.float32)
 
 
 def reference_random_area(image: Image.Image, u: np.ndarray, view: TrainView) -> np.ndarray:
@@ -91,8 +95,8 @@ def reference_random_area(image: Image.Image, u: np.ndarray, view: TrainView) ->
     else:
         w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
         left, top = (width - w) // 2, (height - h) // 2
-    part = image.resize((view.crop, view.crop), Image.Resampling.BILINEAR, box=(left, top, left + w, top + h))
-    return np.asarray(part, np.float32)
+    part = image.crop((left, top, left + w, top + h))
+    return np.asarray(part.resize((view.crop, view.crop), Image.Resampling.BILINEAR), np.float32)
 
 
 def reference_test_view(image: Image.Image, view: TestView) -> np.ndarray:
