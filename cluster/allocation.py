@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -43,6 +44,10 @@ class AllocationError(RuntimeError):
     """The nodes did not become a cluster, or did not stay one."""
 
 
+class SettingError(AllocationError):
+    """They never will with these settings."""
+
+
 @dataclass(frozen=True)
 class Node:
     """This process' place. ``rank``: 0 is the head; ``host``: a name or address by which another node is reached."""
@@ -54,20 +59,29 @@ class Node:
     other_host: str = ""
 
 
+@dataclass
+class _Heard:
+    """Of another node's sign of life: the last number, when it was looked at, and for how long it has been the same."""
+
+    number: str
+    looked_s: float
+    silent_s: float = 0.0
+
+
 class RayOnNodes:
     """Ray on this node, as part of the job's cluster."""
 
     def __init__(self, folder: Path, node: Node, *, join_timeout_s: float, interface: str = "") -> None:
         """``folder``: the same for all nodes of this start; seen by all. ``interface``: of the network to use."""
         self._folder, self._node, self._join_timeout_s = folder, node, join_timeout_s
-        self._address = address_of(interface, node.other_host)
-        self._interface = interface
+        self._address, self._interface = "", interface
         self._temp: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self.is_lost = False  # a node has lost Ray, or is gone
         self._beats, self._beat_s = 0, -math.inf
         self._looked_s, self._silent = -math.inf, list[str]()
-        self._heard: dict[str, tuple[str, float]] = {}  # of each other node: its last number, and when that was new
+        self._told: list[dict[str, Any]] = []  # by nodes that are lost
+        self._heard: dict[str, _Heard] = {}  # of each other node
 
     # -- both kinds of nodes ------------------------------------------------------------------------------------
 
@@ -142,6 +156,7 @@ class RayOnNodes:
     def head(self) -> Iterator[str]:
         """The cluster, all of whose nodes have joined; its address. Raises AllocationError."""
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._address = address_of(self._interface, self._node.other_host)
         token = self._folder / "token"
         token.touch(0o600)
         token.write_text(secrets.token_hex(32))
@@ -168,20 +183,25 @@ class RayOnNodes:
         if self.has_ended():
             self.is_lost = True
             return "Ray has ended on the first node"
-        told = [json.loads(path.read_text()) for path in sorted(self._folder.glob("lost-*.json"))]
+        with suppress(OSError):  # the store may be away for a moment
+            self._told = [json.loads(path.read_text()) for path in sorted(self._folder.glob("lost-*.json"))]
+        told = self._told
         found = {one["rank"]: f"node {one['rank']} ({one['host']}): {one['said']}" for one in told}
         if time.monotonic() - self._looked_s > _BEAT_S:  # a file of each node: not at every call
-            self._looked_s, self._silent = time.monotonic(), self.silent_nodes()
+            self._looked_s = time.monotonic()
+            with suppress(OSError):
+                self._silent = self.silent_nodes()
         for rank in self._silent:
             found.setdefault(rank, f"node {rank} has given no sign of life for {_SILENT_S:.0f} s")
-        self.is_lost |= bool(found)
+        self.is_lost |= len(found) > sum(one["final"] for one in told)
         return "; ".join(found.values())
 
     def beat(self) -> None:
         """Show the other nodes that this one lives."""
         if time.monotonic() - self._beat_s > _BEAT_S:
             self._beats, self._beat_s = self._beats + 1, time.monotonic()
-            (self._folder / f"alive-{self._node.rank}").write_text(str(self._beats))
+            with suppress(OSError):  # a full disk is no reason to end a job
+                (self._folder / f"alive-{self._node.rank}").write_text(str(self._beats))
 
     def silent_nodes(self) -> list[str]:
         """Of the nodes that have joined, those without a sign of life for a minute."""
@@ -189,17 +209,19 @@ class RayOnNodes:
         return [rank for rank in joined if self._is_silent(rank)]
 
     def _is_silent(self, rank: str) -> bool:
-        """By this node's clock alone."""
+        """By this node's clock alone; while this node itself was held up, others may have been, by the same store."""
         beat = ""
         with suppress(OSError):
             beat = (self._folder / f"alive-{rank}").read_text()
-        if rank not in self._heard or self._heard[rank][0] != beat:
-            self._heard[rank] = beat, time.monotonic()
-        return time.monotonic() - self._heard[rank][1] > _SILENT_S
+        now_s = time.monotonic()
+        heard = self._heard.setdefault(rank, _Heard(beat, now_s))
+        heard.silent_s = heard.silent_s + min(now_s - heard.looked_s, 2 * _BEAT_S) if heard.number == beat else 0.0
+        heard.number, heard.looked_s = beat, now_s
+        return heard.silent_s > _SILENT_S
 
     def _all_joined(self) -> bool:
         if lost := self.lost():
-            raise AllocationError(lost)
+            raise AllocationError(lost) if self.is_lost else SettingError(lost)
         return len(self._joined()) == self._node.size - 1
 
     def _joined(self) -> list[str]:
@@ -217,6 +239,7 @@ class RayOnNodes:
         """Join the head's cluster, and stay until the job has ended, or Ray on this node. ``alive``: told often."""
         rank, here = self._node.rank, socket.gethostname()
         try:
+            self._address = address_of(self._interface, self._node.other_host)
             self._wait(lambda: bool(self._head()), self._join_timeout_s, "the first node's Ray head did not start")
             head = self._head()
             if head["host"] != here:
@@ -236,12 +259,17 @@ class RayOnNodes:
                 time.sleep(_POLL_S)
         except AllocationError as error:
             if not self._is_done():
-                _publish(self._folder / f"lost-{rank}.json", {"rank": str(rank), "host": here, "said": str(error)})
+                self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # it may be before the first node
+                final = isinstance(error, SettingError)
+                lost = {"rank": str(rank), "host": here, "said": str(error), "final": final}
+                _publish(self._folder / f"lost-{rank}.json", lost)
         finally:
             self.end()
 
     def _is_done(self) -> bool:
-        return (self._folder / "done").exists()
+        with suppress(OSError):
+            return (self._folder / "done").exists()
+        return False
 
     def _head(self) -> dict[str, str]:
         with suppress(FileNotFoundError):
@@ -269,14 +297,14 @@ def free_port() -> int:
 def address_of(interface: str, other_host: str) -> str:
     """This machine's address: of ``interface``, else on the way to another node, else of its own name.
 
-    Raises AllocationError for an interface that it lacks.
+    Raises SettingError for an interface that it lacks.
     """
     if interface:
         for each in psutil.net_if_addrs().get(interface, []):
             if each.family == socket.AF_INET:
                 return str(each.address)
         known = ", ".join(sorted(psutil.net_if_addrs()))
-        raise AllocationError(f"{socket.gethostname()} has no IPv4 address on interface {interface!r}: it has {known}")
+        raise SettingError(f"{socket.gethostname()} has no IPv4 address on interface {interface!r}: it has {known}")
     for host in filter(None, (other_host, socket.gethostname())):
         with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((host, 9))  # sends nothing
@@ -299,7 +327,7 @@ def _answers(host: str, port: int) -> bool:
     return False
 
 
-def _publish(path: Path, content: Mapping[str, str]) -> None:
+def _publish(path: Path, content: Mapping[str, Any]) -> None:
     written = path.with_suffix(".new")
     written.write_text(json.dumps(content))
     written.replace(path)

@@ -20,6 +20,7 @@ from cluster.launch import Job, Launcher, State, Where
 from cluster.local import Local
 from cluster.ray_jobs import RayJobs
 from cluster.settings import RaySettings, SlurmSettings
+from orchestrator.masking import masked
 
 _PAUSE_S = 1.0
 
@@ -66,12 +67,13 @@ def run(argv: Sequence[str], script: str, describe: Callable[[list[str]], Descri
     ``describe``: checks REST as the job itself would. Raises ValueError and OSError as the launchers.
     """
     options, rest = _split(argv)
-    if any(word.startswith("--dry-run-on") for word in rest):
+    plain = [word.replace("_", "-") for word in rest]  # an option may be typed with either
+    if any(word.startswith("--dry-run-on") for word in plain):
         raise ValueError(
             "--dry-run-on launches nothing: leave out --on, or give --dry-run for what would be handed over"
         )
-    is_dry = "--dry-run" in rest
-    rest = [word for word in rest if word != "--dry-run"]
+    is_dry = "--dry-run" in plain
+    rest = [word for word in rest if word.replace("_", "-") != "--dry-run"]
     described = describe(rest)
     name, where, launches = options.launch_name or described.name, options.on, Path(options.launches)
     launchers: dict[Where, Callable[[], Launcher]] = {
@@ -183,7 +185,8 @@ def afterwards(argv: Sequence[str]) -> int:
             status = launch.status(known, job, launches, member)
             whose = f"{name} {member}".rstrip()
             print(f"{whose}: {status.state.value} on {job.where.value}{f' ({status.said})' if status.said else ''}")
-            print(f"python {' '.join(launch.part(job, launches, member)[0].argv if member else job.argv)}")
+            argv = launch.part(job, launches, member)[0].argv if member else job.argv
+            print(f"python {masked(' '.join(argv))}")
             return int(status.state in (State.FAILED, State.STOPPED, State.LOST))
         case LogOptions(name, member=member, follow=follow):
             job = _find(launches, name)
@@ -222,12 +225,14 @@ def _find(launches: Path, name: str) -> Job:
 def _list(launches: Path) -> int:
     table = Table("job", "on", "state", "", "submitted")
     for name in launch.names(launches):
-        job = _find(launches, name)
+        where, submitted = "", ""
         try:
+            job = _find(launches, name)
+            where, submitted = job.where.value, job.submitted
             status = launch.status(known, job, launches)
-            table.add_row(name, job.where.value, status.state.value, status.said, job.submitted)
+            table.add_row(name, where, status.state.value, status.said, submitted)
         except (OSError, ValueError) as error:
-            table.add_row(name, job.where.value, "unknown", str(error), job.submitted)
+            table.add_row(name, where, "unknown", str(error), submitted)
     Console(width=int(os.environ.get("COLUMNS", "160"))).print(table)
     return 0
 

@@ -19,6 +19,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Protocol
 
+from orchestrator.masking import masked
+
 _RECORD = "job.json"
 
 
@@ -252,10 +254,24 @@ def follow(launcher: Launcher, job: Job, folder: Path, pause: Iterator[None]) ->
 def environment_to_pass(environment: Mapping[str, str]) -> dict[str, str]:
     """Of ``environment`` what a job on other machines needs; nothing that may be secret.
 
-    Credentials of object stores and of MLflow belong into the environment of the machines, or into their roles.
+    Credentials of object stores and of MLflow belong into the environment of the machines, or into their roles. Raises
+    ValueError where the job cannot do without one that is.
     """
-    wanted = ("IMAGENET_DATA", "IMAGENET_STORAGE", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME")
-    return {name: environment[name] for name in wanted if environment.get(name) and "@" not in environment[name]}
+    needed, wanted = ("IMAGENET_DATA", "IMAGENET_STORAGE"), ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME")
+    found = {name: environment[name] for name in (*needed, *wanted) if environment.get(name)}
+    secret = {name for name, value in found.items() if masked(value) != value and not _names_a_container(value)}
+    if held := sorted(secret.intersection(needed)):
+        raise ValueError(
+            f"{held[0]} holds credentials, and is not handed to machines elsewhere: give the URL without them, and set "
+            "them on the machines"
+        )
+    return {name: value for name, value in found.items() if name not in secret}
+
+
+def _names_a_container(url: str) -> bool:
+    """Azure's URLs have an @ that is no credential's: abfs://CONTAINER@ACCOUNT.dfs.core.windows.net/…"""
+    scheme, _, rest = url.partition("://")
+    return scheme in ("abfs", "abfss", "wasb", "wasbs") and ":" not in rest.partition("@")[0] and "?" not in rest
 
 
 def _check_name(name: str) -> None:

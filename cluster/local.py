@@ -23,6 +23,7 @@ from types import FrameType
 from typing import Any
 
 from cluster.launch import Job, State, Status
+from orchestrator.masking import masked
 from orchestrator.training.ownership import Process
 
 _LOG, _KEEPER, _CHILD, _ENDED = "log.txt", "process.json", "child.json", "ended.json"
@@ -35,7 +36,7 @@ class Local:
     """The launcher."""
 
     def preview(self, job: Job, folder: Path) -> str:
-        return f"cd {shlex.quote(job.directory)}\npython {shlex.join(job.argv)} > {folder / _LOG} 2>&1 &\n"
+        return f"cd {shlex.quote(job.directory)}\npython {masked(shlex.join(job.argv))} > {folder / _LOG} 2>&1 &\n"
 
     def submit(self, job: Job, folder: Path) -> dict[str, str]:
         path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))

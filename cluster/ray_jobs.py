@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.launch import Job, State, Status, environment_to_pass
 from cluster.settings import RaySettings
+from orchestrator.control.guard import ENDING_VARIABLE
+from orchestrator.masking import masked
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -22,6 +24,11 @@ if TYPE_CHECKING:
 EXCLUDES = [".venv", ".git", "build", "launches", "mlruns", "mlartifacts", "*.db", "*.tar", "*.arrow", "*.safetensors"]
 EXCLUDES += ["**/__pycache__", ".*_cache", ".hypothesis", "*.egg-info"]
 _STOP_WAIT_S = 120  # Ray's own 3 s are too few for a checkpoint
+_AFTER_CHECKPOINTS_S = 20  # of that, for what follows them
+
+
+class UnknownJobError(ValueError):
+    """The cluster does not know a job that was launched on it."""
 
 
 class RayJobs:
@@ -37,12 +44,18 @@ class RayJobs:
         words = ["ray", "job", "submit", "--address", self._address, "--submission-id", job.id]
         if self._settings.working_dir:
             words += ["--working-dir", self._settings.working_dir]
-        return shlex.join([*words, "--", "python", *job.argv]) + "\n"
+        return masked(shlex.join([*words, "--", "python", *job.argv])) + "\n"
 
     def submit(self, job: Job, folder: Path) -> dict[str, str]:
         client = self._client(self._address)
         handle = {"address": self._address, "submission_id": job.id}
+        if secret := [word for word in job.argv if masked(word) != word]:
+            raise ValueError(
+                f"{masked(secret[0])} holds credentials, which Ray's dashboard would show: put them into the "
+                "environment of the cluster's machines"
+            )
         environment = environment_to_pass(os.environ) | {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_WAIT_S)}
+        environment |= {ENDING_VARIABLE: str(_STOP_WAIT_S - _AFTER_CHECKPOINTS_S)}
         runtime: dict[str, Any] = {"env_vars": environment}
         if self._settings.working_dir:
             where = Path(self._settings.working_dir)
@@ -54,7 +67,10 @@ class RayJobs:
         except RuntimeError as error:
             if "already exists" in str(error):  # whoever submitted it was ended before it could write that down
                 return handle
-            raise ValueError(f"the Ray cluster at {self._address} does not take the job: {_last_line(error)}") from None
+            said = f"the Ray cluster at {self._address} does not take the job: {_last_line(error)}"
+            if "status code 5" in str(error):  # it may have taken it all the same
+                raise OSError(said) from None
+            raise ValueError(said) from None
         return handle
 
     def status(self, job: Job, folder: Path) -> Status:
@@ -63,7 +79,7 @@ class RayJobs:
         try:
             with self._answers(job):
                 details = self._client(job.handle["address"]).get_job_info(job.handle["submission_id"])
-        except ValueError as error:
+        except UnknownJobError as error:
             return Status(State.LOST, str(error))
         state = {
             JobStatus.PENDING: State.WAITING,
@@ -92,9 +108,11 @@ class RayJobs:
         address = job.handle["address"]
         try:
             yield
+        except ValueError as error:  # of _client: nothing is known of the job
+            raise OSError(str(error)) from None
         except (RuntimeError, AuthenticationError) as error:
             if "does not exist" in str(error):
-                raise ValueError(
+                raise UnknownJobError(
                     f"the Ray cluster at {address} does not know job {job.id}: its head was started again; the same "
                     "command launches it"
                 ) from None

@@ -36,19 +36,23 @@ from typing import Any
 import submitit
 
 from cluster import launch
-from cluster.allocation import AllocationError, Node, RayOnNodes, visible_gpus
+from cluster.allocation import AllocationError, Node, RayOnNodes, SettingError, visible_gpus
 from cluster.launch import Array, Job, State, Status, environment_to_pass
 from cluster.local import STOPPED, status_of
 from cluster.settings import SlurmSettings
+from orchestrator.control.guard import ENDING_VARIABLE
 
 _OWN, _ARRAY = "slurm", "slurm-array"
 _POLL_S = 0.5
 _NO_LIMIT = 1_000_000  # restarts after a time limit: a campaign takes as many as it takes
 _LEAVE_MARGIN_S = 15.0  # of the warning time, for ending Ray and queueing the job again
 _STOP_S = 600.0  # for the checkpoint of a job that was asked to end, and for Ray's end
+_CUT, _MOST_CUT_STARTS = "cut", 3  # of a job: a time limit that leaves nothing must not be met without end
 _LOST, _MOST_LOST_STARTS = "lost", 20  # of a job: nodes that never come up must not be asked for without end
-_LOST_S = 60.0  # for its end where a node is gone
+_KILLED_S = 15.0  # for its end where SLURM kills it soon
+_MOST_ENDING_S, _SLOWER_S = 180.0, 30.0  # for a checkpoint where nobody is in a hurry; for what follows it
 _COMMAND_S = 60.0
+_PATIENCE_S, _AGAIN_S = 120.0, 5.0  # with a SLURM that does not answer
 _WAITS = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "SUSPENDED", "RESIZING")
 _RUNS = ("RUNNING", "COMPLETING", "STAGE_OUT", "SIGNALING", "STOPPED")
 
@@ -166,9 +170,17 @@ def _check(settings: SlurmSettings) -> None:
             raise ValueError(f"--slurm.extra {each!r}: give it as option=value")
 
 
+class _Preview(submitit.SlurmExecutor):
+    """Writes scripts also where there is no SLURM."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        return 1
+
+
 def _script(folder: Path, parameters: dict[str, Any], num_elements: int = 0) -> str:
     """The batch script; ``num_elements``: of an array."""
-    executor = submitit.SlurmExecutor(folder=folder)
+    executor = _Preview(folder=folder)
     executor.update_parameters(**parameters)
     if num_elements > 1:
         executor.parameters["map_count"] = num_elements  # as submitit does for an array
@@ -216,7 +228,8 @@ def _parameters(settings: SlurmSettings, job_name: str) -> dict[str, Any]:
         "signal_delay_s": s.warning_s,
         "stderr_to_stdout": True,
         # srun does not take over what sbatch was given.
-        "srun_args": [f"--cpus-per-task={s.cpus_per_node}"],
+        # The tasks see what the batch script sets, also where the job was submitted with an empty environment.
+        "srun_args": [f"--cpus-per-task={s.cpus_per_node}", "--export=ALL"],
         "additional_parameters": {"requeue": True, **dict(each.split("=", 1) for each in s.extra)},
     }
     found |= {"gpus_per_node": s.gpus_per_node} if s.gpus_per_node else {}
@@ -265,6 +278,7 @@ class Start:
         self._driver: subprocess.Popen[bytes] | None = None
         self._ray: RayOnNodes | None = None
         self._is_terminated = False
+        self._asked_s = self._until_s = 0.0  # when the driver was asked to end, and is killed
 
     def __call__(self) -> int:
         """The job's exit code."""
@@ -279,6 +293,7 @@ class Start:
             with ray.head() as address:
                 code, said = self._drive(ray, address)
         except AllocationError as error:
+            ray.is_lost |= not isinstance(error, SettingError)
             said = str(error)
             self._print(f"error: {said}")
         fate = self._fate() if code else _Fate.STAYS
@@ -286,17 +301,25 @@ class Start:
             sys.exit(code)  # the next start says how the job ends
         if fate is _Fate.ENDED:  # whatever became of the driver, whose Ray was ended with it
             code, said = _BY_SLURM
-        elif code != 0 and said and ray.is_lost and not (self._folder / "stop").exists():
-            starts = sum(1 for _ in self._folder.glob(f"ray-*/{_LOST}")) + 1
-            ray.mark(_LOST)
+        elif code != 0 and said and ray.is_lost and not self._is_stopped():
+            starts = self._starts_marked(_LOST)
             if starts < _MOST_LOST_STARTS:
-                said = f"it could not be queued again ({self._queue_again(said)}) after this: {said}"
+                self._print(f"{said}: the job is queued again")
+                if not (hindered := self._queue_again(time.monotonic() + _PATIENCE_S)):
+                    time.sleep(_COMMAND_S)  # SLURM ends this task
+                    hindered = f"SLURM has not ended this start within {_COMMAND_S:.0f} s"
+                said = f"it could not be queued again ({hindered}) after this: {said}"
             else:
                 said = f"{starts} starts of this job have lost nodes: it is not queued again ({said})"
         self._write_end(code, said)
         if code:
             sys.exit(code)
         return code
+
+    def _is_stopped(self) -> bool:
+        with suppress(OSError):
+            return (self._folder / "stop").exists()
+        return False
 
     def _write_end(self, code: int, said: str) -> None:
         written = self._folder / "ended.new"
@@ -337,9 +360,12 @@ class Start:
     def _drive(self, ray: RayOnNodes, address: str) -> tuple[int, str]:
         """Run the job's driver to its end: its exit code, and what is to be said of it."""
         environment = os.environ | self._environment | ray.environment | {"RAY_ADDRESS": address}
-        environment |= {"PYTHONUNBUFFERED": "1"}
-        for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        environment |= {"PYTHONUNBUFFERED": "1", ENDING_VARIABLE: str(self._ending_s)}
+        # RAY_AUTH_TOKEN would come before the file that names this cluster's token.
+        for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "RAY_AUTH_TOKEN"):
             environment.pop(name, None)
+        for mark in self._folder.glob(f"ray-*/{_CUT}"):
+            mark.unlink(missing_ok=True)
         with (self._folder / "log.txt").open("ab") as log:
             driver = self._driver = subprocess.Popen(
                 ["env", "--ignore-signal=USR2", sys.executable, *self._job.argv],
@@ -350,49 +376,81 @@ class Start:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        asked_s = 0.0
-        while (code := driver.poll()) is None:
-            if self._is_terminated:
-                self._is_terminated = False
-                if self._fate() is _Fate.ENDED:
-                    self._write_end(*_BY_SLURM)  # now: SLURM kills what takes its time
-            lost = ray.lost()
-            if not asked_s and (lost or (self._folder / "stop").exists()):
-                asked_s = time.monotonic()
-                driver.send_signal(signal.SIGTERM)
-            if asked_s and time.monotonic() - asked_s > (_LOST_S if ray.is_lost else _STOP_S):
-                driver.kill()
-            time.sleep(_POLL_S)
+        try:
+            while (code := driver.poll()) is None:
+                if self._is_terminated:
+                    self._is_terminated = False
+                    if self._fate() is _Fate.ENDED:
+                        self._write_end(*_BY_SLURM)  # now: SLURM kills what takes its time
+                        self._ask(_KILLED_S)  # where it has told this process alone
+                lost = ray.lost()
+                if lost or self._is_stopped():
+                    self._ask(self._ending_s + _SLOWER_S if ray.is_lost else _STOP_S)
+                if self._asked_s and time.monotonic() > self._until_s:
+                    driver.kill()
+                time.sleep(_POLL_S)
+        finally:
+            driver.kill()
         return (code if code >= 0 else 128 - code), ray.lost()
 
-    def checkpoint(self) -> Any:
-        """SLURM has warned: a checkpoint within the warning time; submitit then queues the job again."""
-        driver = self._driver
-        if driver is not None and driver.poll() is None:
-            self._print(f"SLURM takes the nodes away in {self._settings.warning_s} s: a checkpoint, then the queue")
-            driver.send_signal(signal.SIGTERM)
-            until_s = time.monotonic() + self._settings.warning_s - _LEAVE_MARGIN_S
-            while driver.poll() is None and time.monotonic() < until_s:
+    @property
+    def _ending_s(self) -> float:
+        """What the driver is given for a checkpoint when it is asked to end."""
+        return max(_LEAVE_MARGIN_S, min(_MOST_ENDING_S, self._settings.warning_s - 2 * _LEAVE_MARGIN_S))
+
+    def _ask(self, ending_s: float) -> None:
+        """Ask the driver to make a checkpoint and end; once, for a second time means: without one."""
+        if not self._asked_s and self._driver is not None and self._driver.poll() is None:
+            self._asked_s, self._until_s = time.monotonic(), time.monotonic() + ending_s
+            self._driver.send_signal(signal.SIGTERM)
+
+    def checkpoint(self) -> None:
+        """SLURM has warned: a checkpoint within the warning time, then the queue. Does not return."""
+        until_s = time.monotonic() + self._settings.warning_s - _LEAVE_MARGIN_S
+        driver, code = self._driver, None
+        if driver is not None:
+            self._ask(self._settings.warning_s)
+            if driver.poll() is None:
+                self._print(f"SLURM takes the nodes away in {self._settings.warning_s} s: a checkpoint, then the queue")
+            while (code := driver.poll()) is None and time.monotonic() < until_s:
                 if self._ray is not None:
                     self._ray.beat()  # this is the signal's handler: the loop of _drive stands still
                 time.sleep(_POLL_S)
+            driver.kill()
         if self._ray is not None:
             self._ray.end()
-        if (self._folder / "stop").exists():
-            return None  # it is not queued again
-        return submitit.helpers.DelayedSubmission(Start(self._job, self._folder, self._settings, self._environment))
+        if code is not None and code not in (*STOPPED, -signal.SIGTERM):
+            self._write_end(code if code >= 0 else 128 - code, "")  # it has ended by itself
+        elif self._is_stopped():
+            self._write_end(STOPPED[-1], "")
+        elif driver is None and self._starts_marked(_CUT) >= _MOST_CUT_STARTS:
+            said = f"{_MOST_CUT_STARTS} starts were over before their nodes were a cluster: a longer --slurm.time-min"
+            self._print(f"error: {said}")
+            self._write_end(1, said)
+        elif hindered := self._queue_again(until_s):
+            self._write_end(1, f"it could not be queued again ({hindered}): the same command goes on")
+        sys.exit(code or 1)
 
-    def _queue_again(self, why: str) -> str:
-        """A start that lost a node has failed through no fault of the job's. What has hindered it, if it returns."""
+    def _starts_marked(self, name: str) -> int:
+        """Starts with a mark of this name, this one included, which gets it."""
+        if self._ray is not None:
+            self._ray.mark(name)
+        return sum(1 for _ in self._folder.glob(f"ray-*/{name}"))
+
+    def _queue_again(self, until_s: float) -> str:
+        """What has hindered it. SLURM may not answer for a moment: it is asked until ``until_s``."""
+        if "SLURM_JOB_ID" not in os.environ:
+            return "SLURM has not started it"
         number = submitit.JobEnvironment().job_id  # of an array's element ID_N: the raw one may be the whole array's
-        self._print(f"{why}: the job is queued again")
-        try:
-            _slurm("scontrol", "requeue", number)
-        except (OSError, ValueError) as error:
-            return str(error)
-        time.sleep(_COMMAND_S)  # SLURM ends this task
-        return f"SLURM has not ended this start within {_COMMAND_S:.0f} s"
+        while True:
+            try:
+                _slurm("scontrol", "requeue", number)
+                return ""
+            except (OSError, ValueError) as error:
+                if time.monotonic() > until_s:
+                    return str(error)
+            time.sleep(_AGAIN_S)
 
     def _print(self, text: str) -> None:
-        with (self._folder / "log.txt").open("a") as log:
+        with suppress(OSError), (self._folder / "log.txt").open("a") as log:
             log.write(text + "\n")

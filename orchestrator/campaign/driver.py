@@ -44,7 +44,7 @@ from orchestrator.campaign.member import (
 from orchestrator.campaign.opening import Opened, facts_of
 from orchestrator.campaign.plan import Packing
 from orchestrator.config import TrainConfig
-from orchestrator.control.guard import Ending, Refusal
+from orchestrator.control.guard import ENDING_VARIABLE, Ending, Refusal
 from orchestrator.control.supervisor import RunFailedError
 from orchestrator.ray_session import Cluster, ray_session
 from orchestrator.remote import stop_waiting
@@ -54,7 +54,7 @@ from orchestrator.training.run import run_storage
 _POLL_S = 0.2
 _LOOK_EVERY_S = 20.0  # at the cluster, while a member waits for room
 _FIRST_REST_S, _LONGEST_REST_S = 2.0, 60.0  # after a failure
-_ENDING_S = 90.0  # for a member that was interrupted
+_ENDING_S = 90.0  # for a member that was interrupted, where nobody gives more or less
 
 Tell = Callable[[str], None]
 
@@ -64,6 +64,13 @@ def _name_of(number: int) -> str:
     with suppress(ValueError):
         return signal.Signals(number).name
     return f"signal {number}"
+
+
+def _ending_s() -> float:
+    """For the checkpoints of members that are asked to end."""
+    with suppress(KeyError, ValueError):
+        return float(os.environ[ENDING_VARIABLE])
+    return _ENDING_S
 
 
 def _as_error(refusal: Refusal) -> Exception:
@@ -331,7 +338,7 @@ class Driver:
     def _end(self, name: str) -> None:
         child = self._children[name]
         child.interrupt()
-        until_s = time.monotonic() + _ENDING_S
+        until_s = time.monotonic() + _ending_s()
         while child.exit_code() is None and time.monotonic() < until_s:
             time.sleep(_POLL_S)
         child.kill()
@@ -346,7 +353,7 @@ class Driver:
         try:
             for child in self._children.values():
                 child.interrupt()
-            until_s = time.monotonic() + _ENDING_S
+            until_s = time.monotonic() + _ending_s()
             while any(c.exit_code() is None for c in self._children.values()) and time.monotonic() < until_s:
                 time.sleep(_POLL_S)
         finally:

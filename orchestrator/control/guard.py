@@ -17,6 +17,9 @@ from orchestrator.training.failures import NotFiniteError, PreemptedError, Stora
 from orchestrator.training.ownership import SupersededError
 from orchestrator.training.pulse import Phase
 
+# Environment variable: the seconds that who asks a driver to end gives it, for checkpoints.
+ENDING_VARIABLE = "DRIVER_ENDING_S"
+
 # -- classes of failures --------------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ import psutil
 import pytest
 import submitit
 
+from cluster.allocation import Node, RayOnNodes
 from cluster.launch import Job, Where
 from cluster.settings import SlurmSettings
 from cluster.slurm import Start
@@ -40,13 +41,14 @@ pytestmark = [pytest.mark.ray_cluster, pytest.mark.timeout(300)]
 class OnNode:
     """A start of a job, as SLURM makes it."""
 
-    def __init__(self, folder: Path, script: Path, end: Path) -> None:
+    def __init__(self, folder: Path, script: Path, end: Path, interface: str = "") -> None:
         self.folder = folder
         folder.mkdir()
         job = Job(folder.name, 1, Where.SLURM, (str(script), str(end)), str(folder), "", {})
         executor = submitit.LocalExecutor(folder=folder / "slurm")
         executor.update_parameters(timeout_min=10)
-        self.start = executor.submit(Start(job, folder, SlurmSettings(cpus_per_node=2), {"IMAGENET_DATA": "/d"}))
+        settings = SlurmSettings(cpus_per_node=2, interface=interface)
+        self.start = executor.submit(Start(job, folder, settings, {"IMAGENET_DATA": "/d"}))
 
     @property
     def log(self) -> str:
@@ -76,6 +78,7 @@ def rays_of(address: str) -> list[psutil.Process]:
 def test_two_jobs_share_a_node_and_one_loses_its_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("RAY_")]:
         monkeypatch.delenv(name)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "of-another-cluster")
     script, end = tmp_path / "job.py", tmp_path / "end"
     script.write_text(_JOB)
     jobs = [OnNode(tmp_path / name, script, end) for name in ("first", "second")]
@@ -109,3 +112,26 @@ def test_two_jobs_share_a_node_and_one_loses_its_ray(tmp_path: Path, monkeypatch
     for address in addresses:
         wait_for(lambda address=address: not rays_of(address), "Ray's processes are left")
     assert not list(tmp_path.rglob("token"))
+
+
+def test_a_setting_that_cannot_be_right_is_told_at_once(tmp_path: Path) -> None:
+    ended = OnNode(tmp_path / "job", tmp_path / "job.py", tmp_path / "end", "nothere0").ended()
+    assert ended["code"] == 1
+    assert "has no IPv4 address on interface 'nothere0'" in str(ended["said"])
+    assert "queued again" not in str(ended["said"])
+
+
+def test_a_node_is_silent_by_looks_that_were_made_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray, now_s = RayOnNodes(tmp_path, Node(0, 2, 1, 0), join_timeout_s=1), 1000.0
+    (tmp_path / "joined-1.json").write_text("{}")
+    (tmp_path / "alive-1").write_text("7")
+    monkeypatch.setattr("cluster.allocation.time.monotonic", lambda: now_s)
+    assert ray.silent_nodes() == []
+    now_s += 300.0  # this node was held up itself: by a store that was away for both
+    assert ray.silent_nodes() == []
+    looks = 0
+    while not ray.silent_nodes():
+        now_s, looks = now_s + 5.0, looks + 1
+    assert 8 <= looks <= 13
+    (tmp_path / "alive-1").write_text("8")
+    assert ray.silent_nodes() == []

@@ -6,17 +6,19 @@ import json
 import os
 import re
 import signal
+import socket
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from cluster import launch
+from cluster import command_line, launch
 from cluster.command_line import known
 from cluster.launch import Job, State, Where, environment_to_pass
 from cluster.local import Local
-from cluster.settings import SlurmSettings
+from cluster.ray_jobs import RayJobs
+from cluster.settings import RaySettings, SlurmSettings
 from cluster.slurm import Slurm
 from tests.cluster.slurm_cluster import wait_for
 
@@ -157,9 +159,48 @@ def test_names_are_those_of_folders(name: str, tmp_path: Path) -> None:
 def test_secrets_stay_here() -> None:
     secret = {"AWS_SECRET_ACCESS_KEY": "x", "MLFLOW_TRACKING_URI": "https://user:password@host"}
     assert environment_to_pass(secret | {"IMAGENET_DATA": "/data", "HOME": "/"}) == {"IMAGENET_DATA": "/data"}
+    assert environment_to_pass({"MLFLOW_TRACKING_URI": "http://host?token=x"}) == {}
+    azure = {"IMAGENET_STORAGE": "abfs://runs@account.dfs.core.windows.net/a"}
+    assert environment_to_pass(azure) == azure
+    with pytest.raises(ValueError, match="IMAGENET_DATA holds credentials"):
+        environment_to_pass({"IMAGENET_DATA": "http://user:password@host/data"})
+    shown = Job("six", 1, Where.RAY, ("job.py", "--tracking.uri", "http://user:password@host"), ".", "", {})
+    assert "password" not in RayJobs(RaySettings()).preview(shown, Path("f"))
+    assert "password" not in Local().preview(shown, Path("f"))
 
 
-def test_the_batch_script_asks_for_what_is_set(tmp_path: Path) -> None:
+def test_a_ray_cluster_that_does_not_answer_has_lost_no_job(tmp_path: Path) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        handle = {"address": f"http://127.0.0.1:{listener.getsockname()[1]}", "submission_id": "six-000001"}
+    job = Job("six", 1, Where.RAY, ("job.py",), str(tmp_path), "", handle)
+    for ask in (RayJobs(RaySettings()).status, RayJobs(RaySettings()).log, RayJobs(RaySettings()).stop):
+        with pytest.raises(OSError, match="no Ray cluster takes jobs at"):
+            ask(job, tmp_path)
+
+
+def test_a_dry_run_is_one_however_it_is_typed(script: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--on", "local", "--launch-name", "six", "--dry_run", "end"]
+    assert command_line.run(words, str(script), lambda rest: command_line.Described("six")) == 0
+    assert capsys.readouterr().out.startswith("cd ")
+    assert not Path("launches").exists()
+
+
+def test_a_record_that_is_damaged_hides_no_other_job(
+    script: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "end").write_text("0")
+    submit(tmp_path / "launches", str(script), "end")
+    (tmp_path / "launches" / "torn" / "000001").mkdir(parents=True)
+    wait_for_state(tmp_path / "launches", State.FINISHED)
+    assert command_line.afterwards(["list"]) == 0
+    shown = capsys.readouterr().out
+    assert "finished" in shown
+    assert "unknown" in shown
+
+
+def test_the_batch_script_asks_for_what_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")  # no SLURM here
     settings = SlurmSettings(
         nodes=8, cpus_per_node=64, gpus_per_node=8, time_min=60, partition="h", extra=("reservation=r",)
     )
@@ -169,7 +210,7 @@ def test_the_batch_script_asks_for_what_is_set(tmp_path: Path) -> None:
         assert f"#SBATCH {line}\n" in text, text
     assert "#SBATCH --signal=USR2@300\n" in text
     assert "#SBATCH --reservation=r\n" in text
-    assert "--cpus-per-task=64" in text
+    assert "--cpus-per-task=64 --export=ALL" in text
     assert sys.executable in text
     assert not (tmp_path / "f").exists()
 

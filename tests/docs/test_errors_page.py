@@ -28,6 +28,8 @@ ERRORS = {
         "StoreUnreachableError",
         "RunFailedError",
         "AllocationError",
+        "SettingError",
+        "UnknownJobError",
         "ClusterError",
         "SupersededError",
         "DigestError",
@@ -68,6 +70,7 @@ NOT_MET = {
     # Raised again: the text was made where it was first raised, and is found there.
     "data_prep/fan_out.py: ValueError …": "the message of a task",
     "orchestrator/config.py: ValueError …": "what _check has gathered",
+    "cluster/allocation.py: SettingError …": "as the next",
     "cluster/allocation.py: AllocationError …": "the texts that _wait and lost are given, which stand on the page",
     "cluster/allocation.py: the first node is gone": "told to the first node, which is gone",
     "cluster/allocation.py: Ray has ended": "told as 'node … (…): Ray has ended'",
@@ -76,6 +79,7 @@ NOT_MET = {
     "orchestrator/campaign/plan.py: ValueError …": "what __post_init__ has gathered",
     "orchestrator/campaign/products.py: …; --evaluation.splits": "the message of a class map, with what to do",
     "orchestrator/control/facts.py: ValueError …": "why the cluster cannot be reached",
+    "cluster/ray_jobs.py: OSError …": "the message of _client",
     "orchestrator/remote.py: StoreRefusedError …": "an advice of the tables",
 }
 
