@@ -8,6 +8,7 @@ from typing import Any
 from orchestrator.training.time_parts import (
     CHECKPOINT,
     COMPUTE,
+    COPY,
     INPUT,
     OPTIMIZER,
     OTHER,
@@ -18,6 +19,7 @@ from orchestrator.training.time_parts import (
 
 _WORDS = {
     INPUT: "input",
+    COPY: "copy",
     COMPUTE: "forward and backward",
     REDUCE: "all-reduce",
     OPTIMIZER: "optimizer",
@@ -45,7 +47,7 @@ _ADVICE = {
 
 
 class TimeAccount:
-    """Adds up the seconds of each part over a run's measurements (its events of kind "train")."""
+    """Adds up the seconds of each part over a run's measurements: its events of kind "train" and "validation"."""
 
     def __init__(self) -> None:
         self._seconds = dict.fromkeys(PARTS, 0.0)
@@ -79,6 +81,5 @@ class TimeAccount:
 def account_of(journal: Iterable[Mapping[str, Any]]) -> TimeAccount:
     account = TimeAccount()
     for event in journal:
-        if event["kind"] == "train":
-            account.add(event)
+        account.add(event)
     return account

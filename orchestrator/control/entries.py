@@ -83,7 +83,7 @@ class Account:
                         metrics[cleaned_key(key)] = float(f"{value:.6g}") if math.isfinite(value) else math.nan
                 if kind is EventKind.VALIDATION:
                     self._take_validation(step, metrics)
-                elif "seconds" in event:
+                if "seconds" in event:
                     self._times.add(event)
                     tags["time"] = cleaned_value(self._times.line())
             case EventKind.DECISION:

@@ -10,7 +10,7 @@ import io
 import sys
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Generic, TypeVar
@@ -101,6 +101,7 @@ class AnyDecoder(ABC, Generic[Seen, Pixels]):
         from nvidia.dali import pipeline_def
 
         self.settings, self.batch_size, self._buffers = settings, batch_size, Buffers()
+        self.copying: Callable[[], None] = lambda: None  # told before a batch is copied on the GPU
 
         @pipeline_def(
             batch_size=batch_size,
@@ -232,6 +233,7 @@ class AnyDecoder(ABC, Generic[Seen, Pixels]):
         if self.settings.device == "cuda":
             from nvidia.dali.plugin.pytorch import feed_ndarray
 
+            self.copying()
             device = torch.device("cuda", self.settings.device_id)
             pixels = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
             for output, copy in zip(outputs, pixels, strict=True):

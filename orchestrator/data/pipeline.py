@@ -247,7 +247,7 @@ class TrainInput(_OneView):
     """An endless iterator over the training batches of one worker.
 
     ``positions_of(step)`` gives the stream positions [N] int64 that this worker sees in ``step``; ``ahead`` is told the
-    first of them, before they are read.
+    first of them, before they are read; ``copying`` is told when a batch is about to be copied on the GPU.
     """
 
     def __init__(
@@ -262,8 +262,10 @@ class TrainInput(_OneView):
         start_step: int,
         max_undecodable: int,
         ahead: Callable[[int], None] = lambda position: None,
+        copying: Callable[[], None] = lambda: None,
     ) -> None:
         first = positions_of(start_step)
+        self._copying = copying
         super().__init__(split, mean, settings, view.crop, len(first), max_undecodable)
         self.stream, self.view, self.axes = stream, view, axes
         self._positions_of, self._start_step, self._ahead = positions_of, start_step, ahead
@@ -273,7 +275,9 @@ class TrainInput(_OneView):
     def _new_decoder(self, settings: DecodeSettings, batch_size: int) -> AnyDecoder[Views, torch.Tensor]:
         if settings.device == "cpu":
             return CpuDecoder(settings, batch_size, self.crop, self.mean)
-        return Decoder(settings, batch_size, self.crop, self.mean, of_whole=False)
+        decoder = Decoder(settings, batch_size, self.crop, self.mean, of_whole=False)
+        decoder.copying = self._copying
+        return decoder
 
     def _jobs(self) -> Iterator[Job[Views]]:
         step = self._start_step

@@ -10,26 +10,27 @@ from itertools import pairwise
 
 import torch
 
-from orchestrator.training.time_parts import OTHER, PARTS
+from orchestrator.training.time_parts import OTHER, PARTS, VALIDATION
 
 _PROGRESS_EVERY_S = 1.0
 _MOST_STEPS_TIMED = 256  # between two measurements: the others are taken to be like them
-_OF_A_STEP = PARTS[:4]
+_OF_A_STEP = PARTS[:5]
 
 
 class StepTimes:
     """Seconds of each part of the steps of one device; the host does not wait for it before they are asked for.
 
-    In a step: ``begins`` with its batch at hand, ``ready`` whenever more of this worker's own gradients are (the last
-    time counts), ``reduced``, ``ended``. The input's part is what lies between two steps: the device waits for a batch,
-    and copies it.
+    In a step: ``copies`` where its batch is still to be copied to its place, ``begins`` with the batch at hand,
+    ``ready`` whenever more of this worker's own gradients are (the last time counts), ``reduced``, ``ended``. The
+    input's part is what lies before: the device waits for a batch.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
-        self._steps: list[list[_Mark]] = []  # begins, ready, reduced, ended, of each step since ``take``
-        self._last = [_Mark(self._on_gpu)] * 4
+        self._steps: list[list[_Mark]] = []  # copies, begins, ready, reduced, ended, of each step since ``take``
+        self._last = [_Mark(self._on_gpu)] * 5
         self._before: list[_Mark] = []  # the end of what came before each step
+        self._copy: _Mark | None = None  # of the step that is about to begin
         self._end = _Mark(self._on_gpu)
         self._end.set()
 
@@ -38,33 +39,37 @@ class StepTimes:
         self._end = _Mark(self._on_gpu)
         self._end.set()
 
+    def copies(self) -> None:
+        self._copy = _Mark(self._on_gpu)
+        self._copy.set()
+
     def begins(self) -> None:
         begin = _Mark(self._on_gpu)
         begin.set()
-        self._last = [begin, begin, begin, begin]
+        self._last, self._copy = [self._copy or begin, begin, begin, begin, begin], None
 
     def ready(self) -> None:
-        if self._last[1] is self._last[0]:
-            self._last[1] = _Mark(self._on_gpu)
-        self._last[1].set()
+        if self._last[2] is self._last[1]:
+            self._last[2] = _Mark(self._on_gpu)
+        self._last[2].set()
 
     def reduced(self) -> None:
-        self._last[2] = _Mark(self._on_gpu)
-        self._last[2].set()
-        if self._last[1] is self._last[0]:  # a single worker has nothing to reduce
-            self._last[1] = self._last[2]
-
-    def ended(self) -> None:
         self._last[3] = _Mark(self._on_gpu)
         self._last[3].set()
+        if self._last[2] is self._last[1]:  # a single worker has nothing to reduce
+            self._last[2] = self._last[3]
+
+    def ended(self) -> None:
+        self._last[4] = _Mark(self._on_gpu)
+        self._last[4].set()
         if len(self._steps) < _MOST_STEPS_TIMED:
             self._steps.append(self._last)
             self._before.append(self._end)
-        self._end = self._last[3]
+        self._end = self._last[4]
 
     def own_seconds(self) -> float:
         """Of the newest step, until this worker's own gradients were ready."""
-        return self._last[1].since(self._last[0])
+        return self._last[2].since(self._last[1])
 
     def take(self) -> dict[str, float]:
         """Mean seconds of the steps since the last call, by part; {} where there was none. Waits for the device."""
@@ -144,8 +149,14 @@ class Clock:
         return {"images_per_s": self._images / elapsed, "data_wait_share": self._waited / elapsed}
 
     def seconds(self, step: dict[str, float]) -> dict[str, float]:
-        """All seconds since ``restart``, by part; ``step``: the mean of its steps (``StepTimes.take``)."""
-        elapsed = time.monotonic() - self._start
-        found = {part: seconds * self._steps for part, seconds in step.items()} | self._stalled
-        found[OTHER] = max(0.0, elapsed - sum(found.values()))
+        """All seconds since ``restart``, by part, without validations; ``step``: the mean of its steps
+        (``StepTimes.take``).
+        """
+        stalled = {part: seconds for part, seconds in self._stalled.items() if part != VALIDATION}
+        elapsed = time.monotonic() - self._start - self._stalled.get(VALIDATION, 0.0)
+        found = {part: seconds * self._steps for part, seconds in step.items()}
+        # Steps that were not timed may have been faster.
+        room, total = max(0.0, elapsed - sum(stalled.values())), sum(found.values())
+        found = {part: seconds * min(1.0, room / total) for part, seconds in found.items()} if total else {}
+        found |= stalled | {OTHER: max(0.0, room - sum(found.values()))}
         return {part: round(found.get(part, 0.0), 4) for part in PARTS}

@@ -149,18 +149,23 @@ def train(
     # -- the loop ---------------------------------------------------------------------------------------------------
     limit = config.input.max_undecodable
     ahead = cache.follow(train_split, stream.upcoming_shards) if cache else lambda position: None
-    batches = TrainInput(train_split, stream, view, axes, mean, decode, take_step.positions, step, limit, ahead)
+    batches = TrainInput(
+        train_split, stream, view, axes, mean, decode, take_step.positions, step, limit, ahead, times.copies
+    )
     val_batches = EvalInput(val_split, test_view, mean, decode, rhythm.validation_batch_size, limit)
     if cache:
         cache.want("val", val_split.info.shards)
     unreadable_told: set[int] = set()
     clock, stragglers, agreement = Clock(), Stragglers(), world.agreement()
-    profiler = Profiler(run, attempt, world, step, config.tracking.profile_steps, lambda text: emit(notice(text)))
+    profiler = Profiler(
+        run, attempt, world, step, config.tracking.profile_steps, lambda text: emit(notice(text)), pulse
+    )
     tell({"kind": "start", "step": step, "steps": steps, "images": len(train_split), "workers": world.size})
 
     times.between()
     while step < steps and not policy.stop:
-        profiler.at(step)
+        if profiler.at(step):
+            times.between()
         pulse.at(Phase.INPUT, step)
         with clock.waiting():
             batch = next(batches)
@@ -211,7 +216,8 @@ def train(
                 emit(notice(f"validation image {val_split.names[index].as_py()} cannot be decoded: it counts as wrong"))
             unreadable_told = set(val_batches.undecodable)
             training_error = _new_training_error(journal)
-            record("validation", metrics=_validation_metrics(validation, stall.seconds))
+            seconds = {VALIDATION: round(stall.seconds, 4)}
+            record("validation", metrics=_validation_metrics(validation, stall.seconds), seconds=seconds)
             policy = decided(*after_validation(config.schedule, policy, step, validation.top1_error, training_error))
 
         # -- save

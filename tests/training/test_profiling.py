@@ -13,6 +13,7 @@ from orchestrator.config import TrackingConfig
 from orchestrator.storage import Storage
 from orchestrator.training import profiling
 from orchestrator.training.profiling import Profiler
+from orchestrator.training.pulse import Pulse
 from orchestrator.world import World
 from tests.training.group import run_to_end, small_config
 
@@ -38,7 +39,7 @@ def test_a_store_that_refuses_it_hinders_nobody(tmp_path: Path, monkeypatch: pyt
     told: list[str] = []
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    profiler = Profiler(Storage(str(tmp_path)), 1, World.from_environment(), 5, 2, told.append)
+    profiler = Profiler(Storage(str(tmp_path)), 1, World.from_environment(), 5, 2, told.append, Pulse())
     for step in range(5, 9):
         profiler.at(step)
     profiler.close()
