@@ -182,10 +182,13 @@ class _Examination:
                     yield judgement.decoder(found, device, where)
 
     def _all_reduce(self) -> Iterator[Finding]:
-        nodes = list(self._facts)
+        # Workers are where the GPUs are.
+        nodes = [each for each in self._facts if self._offers[each].gpus] or list(self._facts)
         size = max(2, len(nodes))
         places = nodes if len(nodes) > 1 else nodes * 2
         use_gpu = all(self._offers[each].gpus >= places.count(each) for each in nodes)
+        if self._offers[nodes[0]].gpus and not use_gpu:
+            yield Finding("all-reduce", "", Outcome.SKIPPED, "NCCL was not tried", "it takes two GPUs")
         host = self._offers[places[0]].address
         (port,) = self._ask({places[0]: ()}, node.free_port).values()
         if isinstance(port, Trouble):
@@ -239,7 +242,7 @@ class _Examination:
         whole = [each for each in names if not isinstance(seen[each], Trouble)]
         found = {called[each]: written[each] for each in whole}
         unseen = {called[each]: [called[name] for name in seen[each]] for each in whole}
-        yield from judgement.storage(found, unseen, url)
+        yield from judgement.storage(found, unseen, url, all_answered=len(whole) == len(written))
 
     def _mlflow(self) -> Iterator[Finding]:
         from orchestrator.control import tracking

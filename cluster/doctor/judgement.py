@@ -188,8 +188,12 @@ def reduction(found: Sequence[Reduction], backend: str, over: str) -> Finding:
     return Finding("all-reduce", "", Outcome.OK, measured)
 
 
-def storage(found: Mapping[str, StorageProbe], unseen: Mapping[str, Sequence[str]], url: str) -> list[Finding]:
-    """``found``: by machine; ``unseen``: the machines whose file it does not see."""
+def storage(
+    found: Mapping[str, StorageProbe], unseen: Mapping[str, Sequence[str]], url: str, *, all_answered: bool = True
+) -> list[Finding]:
+    """``found``: by machine; ``unseen``: the machines whose file it does not see. Where not all have answered, the one
+    that created a name may be among those that have not.
+    """
     findings = []
     for where, probe in found.items():
         if missing := unseen.get(where):
@@ -205,7 +209,7 @@ def storage(found: Mapping[str, StorageProbe], unseen: Mapping[str, Sequence[str
     winners = [where for where, probe in found.items() if probe.is_winner]
     exclusive = all(probe.creates_exclusively for probe in found.values())
     # Where folders are not the same, that is what has to be told.
-    if exclusive and not any(unseen.values()) and found and len(winners) != 1:
+    if exclusive and not any(unseen.values()) and found and (len(winners) > 1 or (all_answered and not winners)):
         measured = f"one name was created by {len(winners)} of {len(found)} machines"
         advice = "two drivers could own one run: use a file system with hard links or O_EXCL (NFS 4), or S3"
         findings.append(Finding("storage", "", Outcome.FAILS, measured, advice))

@@ -20,7 +20,8 @@ from orchestrator.ray_session import Cluster
 from orchestrator.world import largest_share
 
 _SEEDS_A_CAMPAIGN = 1000
-_SPEEDUP = 0.9  # n workers are taken to be n ** 0.9 times as fast: they wait for each other
+_SPEEDUP = 0.9  # n workers are taken to be n ** 0.9 times as fast: they wait for each other. Up to a group each: those
+# that share groups reduce statistics in every layer, and are no faster at all (benchmarks/scale.py).
 
 # -- what is wanted -------------------------------------------------------------------------------------------------
 
@@ -93,6 +94,11 @@ class Campaign:
             wrong.append("evaluation.splits is empty: name what is scored: val, test")
         if c.placement.num_workers or c.placement.min_workers:
             wrong.append("the workers of a campaign's members are set by workers_per_member, not by placement")
+        if c.placement.autoscaling:
+            wrong.append(
+                "placement.autoscaling is of a single run: for a campaign start the machines first (ray up, with "
+                "min_workers), or give each member's run its own command"
+            )
         if min(c.workers_per_member, c.max_at_once, c.max_failures) < 0:
             wrong.append("workers_per_member, max_at_once and max_failures must not be negative")
         if c.name and (c.name.startswith(".") or "/" in c.name or "\\" in c.name):
@@ -192,7 +198,7 @@ def pack(plan: Plan, cluster: Cluster) -> Packing:
     """Workers of each member, by the plan and the size of the cluster alone: those with which all are done soonest.
 
     Each number of workers for every member is tried, members that need most time first; of equals the fewest workers
-    win. A member has no more workers than can share its batch-norm groups.
+    win. A member has no more workers than batch-norm groups, unless ``workers_per_member`` says so.
     """
     c, configs, order = plan.campaign.config, plan.campaign.run_configs(), plan.by_weight()
     use_gpu = cluster.gpus > 0 if c.placement.use_gpu is None else c.placement.use_gpu
@@ -203,7 +209,12 @@ def pack(plan: Plan, cluster: Cluster) -> Packing:
 
     def workers(each: int) -> dict[str, int]:
         batches = {name: configs[name].batch for name in configs}
-        return {n: largest_share(min(each, num), b.global_batch_size, b.bn_group_size) for n, b in batches.items()}
+        most = num if c.workers_per_member else min(num, each)
+        sizes = {name: (b.global_batch_size, b.bn_group_size) for name, b in batches.items()}
+        return {
+            name: largest_share(min(each, most if c.workers_per_member else min(most, size // group)), size, group)
+            for name, (size, group) in sizes.items()
+        }
 
     def time_of(each: int) -> float:
         dealt, busy, finished = workers(each), dict[str, float](), 0.0  # busy: when each running member ends

@@ -11,8 +11,6 @@ import socket
 
 import psutil
 
-_VARIABLES = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
-
 
 def interface_of(address: str) -> str:
     """The interface of this machine that has this IP address; "" for loopback and for another machine's."""
@@ -28,5 +26,10 @@ def choose_interface() -> None:
     import ray
 
     name = interface_of(ray.util.get_node_ip_address())
-    for variable in _VARIABLES if name else ():
-        os.environ.setdefault(variable, name)
+    for variable, value in variables_of(name).items() if name else ():
+        os.environ.setdefault(variable, value)
+
+
+def variables_of(name: str) -> dict[str, str]:
+    """What makes gloo and NCCL take this interface. For NCCL a bare name is the beginning of one: eth1 is eth10 too."""
+    return {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": f"={name}"}

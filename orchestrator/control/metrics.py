@@ -44,7 +44,9 @@ class Exporter:
         self._step, self._steps = gauge("step", "optimizer steps done"), gauge("steps", "steps of the whole run")
         self._epoch = gauge("epoch", "passes over the training set")
         self._workers, self._start = gauge("workers", ""), gauge("start_number", "how often the run was started")
-        self._saved_s = gauge("last_checkpoint_timestamp_seconds", "when the last checkpoint was published")
+        self._saved_s = gauge(
+            "last_checkpoint_timestamp_seconds", "when the last checkpoint was published, or this driver began"
+        )
         self._groups = counter("worker_group_starts", "by this driver; each but the first after something failed")
         self._checkpoints = counter("checkpoints", "published under this driver")
         self._stall_s = counter("checkpoint_stall_seconds", "for which training stood still to save")
@@ -67,13 +69,15 @@ class Exporter:
 
     def _put(self, event: Event) -> None:
         run = self._run
-        if isinstance(event.get("step"), int):
+        # A checkpoint is told when it is published, some steps later.
+        if isinstance(event.get("step"), int) and event["kind"] != "checkpoint":
             self._step.labels(run).set(event["step"])
         if "epoch" in event:
             self._epoch.labels(run).set(event["epoch"])
         match event["kind"]:
             case "placed":
                 self._start.labels(run).set(event["attempt"])
+                self._saved_s.labels(run).set_to_current_time()
             case "start":
                 self._steps.labels(run).set(event["steps"])
                 self._workers.labels(run).set(event["workers"])

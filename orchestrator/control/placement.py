@@ -31,6 +31,11 @@ def place(config: TrainConfig, cluster: Cluster) -> Placement:
     """Workers for this cluster. Raises ClusterError where it has too few CPUs or GPUs."""
     p, batch = config.placement, config.batch
     use_gpu = cluster.gpus > 0 if p.use_gpu is None else p.use_gpu
+    if p.autoscaling and p.use_gpu is None and not use_gpu and may_grow(config):
+        raise ValueError(
+            "--placement.autoscaling: the cluster has no GPU yet, and may start machines with some or without: give "
+            "--placement.use-gpu True or False"
+        )
     slots = slots_of(cluster, use_gpu, max(1, p.cpus_per_worker))
     each = f", {p.cpus_per_worker} for each on one node" if p.cpus_per_worker > 1 else ""
     least = p.min_workers or p.num_workers

@@ -29,7 +29,7 @@ def place_in_time(
         why = error
     limit_s, until_s = config.guard.wait_for_workers_s, time.monotonic() + config.guard.wait_for_workers_s
     tell(f"waiting for machines, for up to {limit_s:.0f} s (guard.wait_for_workers_s): {why}")
-    with _asked_for(config):
+    with _asked_for(config, use_gpu=cluster.gpus > 0 if config.placement.use_gpu is None else config.placement.use_gpu):
         while time.monotonic() < until_s:
             leave()
             time.sleep(_POLL_S)
@@ -41,18 +41,18 @@ def place_in_time(
 
 
 @contextmanager
-def _asked_for(config: TrainConfig) -> Iterator[None]:
+def _asked_for(config: TrainConfig, *, use_gpu: bool) -> Iterator[None]:
     """An autoscaler starts machines for what is asked for and cannot be placed: here as many workers as are wanted."""
     p = config.placement
-    if not p.autoscaling or not p.num_workers:
+    if not p.autoscaling:
         yield
         return
     from ray.util import placement_group, remove_placement_group
 
     worker: dict[str, float] = {"CPU": max(1, p.cpus_per_worker)}
-    if p.use_gpu:
+    if use_gpu:
         worker["GPU"] = 1
-    group = placement_group([worker] * p.num_workers, strategy="PACK")
+    group = placement_group([worker] * (p.num_workers or p.min_workers), strategy="PACK")
     try:
         yield
     finally:
