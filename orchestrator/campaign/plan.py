@@ -208,13 +208,9 @@ def pack(plan: Plan, cluster: Cluster) -> Packing:
     num = slots_of(cluster, use_gpu, cpus)
 
     def workers(each: int) -> dict[str, int]:
-        batches = {name: configs[name].batch for name in configs}
-        most = num if c.workers_per_member else min(num, each)
-        sizes = {name: (b.global_batch_size, b.bn_group_size) for name, b in batches.items()}
-        return {
-            name: largest_share(min(each, most if c.workers_per_member else min(most, size // group)), size, group)
-            for name, (size, group) in sizes.items()
-        }
+        sizes = {name: (config.batch.global_batch_size, config.batch.bn_group_size) for name, config in configs.items()}
+        most = {name: num if c.workers_per_member else size // group for name, (size, group) in sizes.items()}
+        return {name: largest_share(min(each, num, most[name]), *sizes[name]) for name in configs}
 
     def time_of(each: int) -> float:
         dealt, busy, finished = workers(each), dict[str, float](), 0.0  # busy: when each running member ends

@@ -44,9 +44,7 @@ class Exporter:
         self._step, self._steps = gauge("step", "optimizer steps done"), gauge("steps", "steps of the whole run")
         self._epoch = gauge("epoch", "passes over the training set")
         self._workers, self._start = gauge("workers", ""), gauge("start_number", "how often the run was started")
-        self._saved_s = gauge(
-            "last_checkpoint_timestamp_seconds", "when the last checkpoint was published, or this driver began"
-        )
+        self._saved_s = gauge("last_checkpoint_timestamp_seconds", "of the last one published, or this driver's start")
         self._groups = counter("worker_group_starts", "by this driver; each but the first after something failed")
         self._checkpoints = counter("checkpoints", "published under this driver")
         self._stall_s = counter("checkpoint_stall_seconds", "for which training stood still to save")
