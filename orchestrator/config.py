@@ -209,7 +209,17 @@ class Precision(Enum):
 
     AUTO = "auto"  # bf16 on a GPU that has it, else fp32
     FP32 = "fp32"
+    TF32 = "tf32"
     BF16 = "bf16"
+
+
+class Compile(Enum):
+    """How torch.compile treats the network in training; values are its modes, with _ for -."""
+
+    OFF = "off"  # kernel by kernel: starts at once
+    DEFAULT = "default"
+    REDUCE_OVERHEAD = "reduce_overhead"  # whole passes as CUDA graphs
+    MAX_AUTOTUNE = "max_autotune"  # the same, and convolutions are tried out: minutes at every start
 
 
 @dataclass(frozen=True)
@@ -217,7 +227,13 @@ class NumericsConfig:
     """Arithmetic."""
 
     precision: Precision = Precision.AUTO
-    """auto: bf16 autocast on a GPU, fp32 on CPU"""
+    """auto: bf16 autocast on a GPU, fp32 on CPU; tf32: fp32 with convolutions and products in TF32"""
+    groups_at_once: int = 0
+    """batch-norm groups that go through the network together; 0: all of a worker's on a GPU, one on a CPU"""
+    compile: Compile = Compile.OFF
+    """torch.compile of the network: off, default, reduce_overhead (CUDA graphs), max_autotune"""
+    reduce_in_bf16: bool = False
+    """workers add up their gradients in bfloat16: half the bytes, rounded to 8 bits"""
     deterministic: bool = False
     """on a GPU: kernels that give the same bits every time, and no hardware decoder (slower); a CPU always does"""
     hw_decoder_share: float = 0.65
@@ -443,6 +459,7 @@ def _check(config: TrainConfig) -> None:
         "guard.storage_patience_s": config.guard.storage_patience_s,
         "guard.wait_for_workers_s": config.guard.wait_for_workers_s,
         "placement.cache_gb": config.placement.cache_gb or 0.0,
+        "numerics.groups_at_once": config.numerics.groups_at_once,
     }
     wrong += [f"{name} must not be negative, not {value}" for name, value in not_negative.items() if value < 0]
     if not 0 <= config.tracking.metrics_port <= 65_535:

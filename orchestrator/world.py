@@ -186,10 +186,11 @@ class World:
             with model.no_sync():
                 yield
 
-    def distribute(self, model: nn.Module, ready: Callable[[], None]) -> nn.Module:
+    def distribute(self, model: nn.Module, ready: Callable[[], None], *, in_bf16: bool = False) -> nn.Module:
         """``model`` with gradients summed (not averaged) over all ranks during backward.
 
-        ready: is called whenever more of this rank's own gradients are ready to be summed.
+        ready: is called whenever more of this rank's own gradients are ready to be summed; in_bf16: they are rounded to
+        bfloat16 for that.
         """
         if self.size == 1:
             return model
@@ -203,7 +204,7 @@ class World:
             gradient_as_bucket_view=True,
             **no_sync,
         )
-        parallel.register_comm_hook((ready, self._group), _sum_gradients)
+        parallel.register_comm_hook((ready, self._group, in_bf16), _sum_gradients)
         return parallel
 
 
@@ -257,11 +258,14 @@ class Agreement:
 
 
 def _sum_gradients(
-    state: tuple[Callable[[], None], dist.ProcessGroup | None], bucket: dist.GradBucket
+    state: tuple[Callable[[], None], dist.ProcessGroup | None, bool], bucket: dist.GradBucket
 ) -> torch.futures.Future[Tensor]:
     """DDP divides by the number of ranks; here the loss is already scaled by the global batch."""
-    ready, group = state
+    ready, group, in_bf16 = state
     ready()
-    work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
+    gradients = bucket.buffer()
+    work = dist.all_reduce(gradients.bfloat16() if in_bf16 else gradients, group=group, async_op=True)
     assert work is not None
+    if in_bf16:
+        return work.get_future().then(lambda done: gradients.copy_(done.value()[0]))
     return work.get_future().then(lambda done: done.value()[0])

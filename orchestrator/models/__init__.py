@@ -7,7 +7,7 @@ from collections.abc import Set as AbstractSet
 from typing import Any
 
 from orchestrator.config import Family, Pool, Shortcut, StrideOn
-from orchestrator.models.batch_norm import BatchNorm2d, RunningStatistics, share_groups
+from orchestrator.models.batch_norm import BatchNorm2d, RunningStatistics, group_images, share_groups
 from orchestrator.models.cifar import CifarResNet
 from orchestrator.models.complexity import count_flops, count_layers, count_parameters
 from orchestrator.models.own import build_own
@@ -29,6 +29,7 @@ __all__ = [
     "count_flops",
     "count_layers",
     "count_parameters",
+    "group_images",
     "share_groups",
 ]
 

@@ -1,12 +1,13 @@
 """Batch normalization whose unit is the batch-norm group, not the worker.
 
-A global batch is made of groups (paper: 8 groups of 32 images). A training forward sees one group, normalizes with
-that group's statistics and leaves the running statistics alone; these advance once per optimizer step, from the mean
+A global batch is made of groups (paper: 8 groups of 32 images). A training forward sees one group, or several at once
+(`group_size`), normalizes each with that group's statistics and leaves the running statistics alone; these advance once per optimizer step, from the mean
 over all groups (RunningStatistics). So weights, buffers and validation error do not depend on how the groups are
 dealt out to workers.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +15,11 @@ from torch import Tensor, nn
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """images [N, C, H, W] → the same, normalized per channel; in training over the N images given (one group).
+    """images [N, C, H, W] → the same, normalized per channel; in training over the N images given (one group), or over
+    each `group_size` of them (0: all).
 
     A training forward leaves the group's mean and unbiased variance ([C], float32, not in the state dict) in
-    `group_mean` and `group_var`; `RunningStatistics` collects them from there. An evaluation forward reads
+    `group_mean` and `group_var`, of several groups the sums; `RunningStatistics` collects them from there. An evaluation forward reads
     `running_mean` and `running_var`, as always. There is no `num_batches_tracked`.
 
     Several processes may share one group: see `share_groups`.
@@ -30,6 +32,9 @@ class BatchNorm2d(nn.BatchNorm2d):
     # A differentiable sum over the processes that share this layer's group, and their number.
     all_reduce: Callable[[Tensor], Tensor] | None
     shared_by: int
+    # Under torch.compile, of the last forward: [2, C], what group_mean and group_var hold otherwise. A graph returns
+    # it; buffers that it would change are views of one tensor (RunningStatistics), which graphs handle badly.
+    graph_statistics: Tensor | None
 
     def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
         super().__init__(num_features, eps, momentum)
@@ -38,6 +43,8 @@ class BatchNorm2d(nn.BatchNorm2d):
         self.register_buffer("group_var", torch.zeros_like(self.running_var), persistent=False)
         self.all_reduce = None
         self.shared_by = 1
+        self.group_size = 0
+        self.graph_statistics = None
         self._zeroed_by_owner = False
 
     def reset_running_stats(self) -> None:
@@ -51,12 +58,34 @@ class BatchNorm2d(nn.BatchNorm2d):
             )
         if self.all_reduce is not None:
             return self._forward_shared(images, self.all_reduce)
+        group_size = self.group_size or len(images)
+        if len(images) % group_size:
+            raise ValueError(f"{len(images)} images are no whole number of batch-norm groups of {group_size}")
+        if torch.compiler.is_compiling():
+            return self._forward_plain(images, group_size)
+        if group_size < len(images):
+            out, mean_GC, var_GC = _NormalizedByGroup.apply(images, self.weight, self.bias, group_size, self.eps)
+            self.group_mean.data.copy_(mean_GC.sum(0))
+            self.group_var.data.copy_(var_GC.sum(0))
+            return out
         if not self._zeroed_by_owner:
             # The kernel writes (1 - momentum)·old + momentum·new, and 0·NaN is NaN: one bad batch would stay for ever.
             # Through .data, as autograd saved the buffers of earlier forwards (unread in training) and checks versions.
             self.group_mean.data.zero_()
             self.group_var.data.zero_()
         return F.batch_norm(images, self.group_mean, self.group_var, self.weight, self.bias, True, 1.0, self.eps)
+
+    def _forward_plain(self, images: Tensor, group_size: int) -> Tensor:
+        """Plain operations, which a compiler turns into few passes over the images."""
+        _, C, H, W = images.shape
+        x_GNCHW = images.to(self.group_mean.dtype).view(-1, group_size, C, H, W)
+        var_GC, mean_GC = torch.var_mean(x_GNCHW, (1, 3, 4), correction=0)
+        count = group_size * H * W
+        self.graph_statistics = torch.stack([mean_GC.sum(0), var_GC.sum(0) * (count / (count - 1))]).detach()
+        scale_GC = self.weight * torch.rsqrt(var_GC + self.eps)
+        shift_GC = self.bias - mean_GC * scale_GC
+        normalized = x_GNCHW * scale_GC[:, None, :, None, None] + shift_GC[:, None, :, None, None]
+        return normalized.view(images.shape).to(images.dtype)
 
     def _forward_shared(self, images: Tensor, all_reduce: Callable[[Tensor], Tensor]) -> Tensor:
         # Plain differentiable operations: the gradient through the statistics crosses processes inside all_reduce.
@@ -90,6 +119,75 @@ class BatchNorm2d(nn.BatchNorm2d):
         nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
 
 
+class _NormalizedByGroup(torch.autograd.Function):
+    """Each `group_size` of images [N, C, H, W] normalized by itself, with the kernels that normalize one group alone.
+
+    Returns them, and each group's mean and unbiased variance, [G, C] float32.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, images: Tensor, weight: Tensor, bias: Tensor, group_size: int, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        num_groups, num_features = len(images) // group_size, images.shape[1]
+        # Zero, since the kernel writes (1 - momentum)·old + momentum·new.
+        mean_GC, var_GC, saved_mean_GC, saved_scale_GC = weight.new_zeros(4, num_groups, num_features)
+        out = torch.empty_like(images)
+        for g in range(num_groups):
+            group = slice(g * group_size, (g + 1) * group_size)
+            torch.native_batch_norm(
+                *(images[group], weight, bias, mean_GC[g], var_GC[g], True, 1.0, eps),
+                out=(out[group], saved_mean_GC[g], saved_scale_GC[g]),
+            )
+        ctx.save_for_backward(images, weight, saved_mean_GC, saved_scale_GC)
+        ctx.group_size, ctx.eps = group_size, eps
+        ctx.mark_non_differentiable(mean_GC, var_GC)
+        return out, mean_GC, var_GC
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        images, weight, saved_mean_GC, saved_scale_GC = ctx.saved_tensors
+        size = ctx.group_size
+        # The kernels want both in one layout.
+        grad_out = gradients[0].contiguous(memory_format=_layout(images))
+        grad_images, grad_weight, grad_bias = (
+            torch.empty_like(images),
+            torch.zeros_like(weight),
+            torch.zeros_like(weight),
+        )
+        for g in range(len(images) // size):
+            group = slice(g * size, (g + 1) * size)
+            found = torch.ops.aten.native_batch_norm_backward(
+                *(
+                    grad_out[group],
+                    images[group],
+                    weight,
+                    None,
+                    None,
+                    saved_mean_GC[g],
+                    saved_scale_GC[g],
+                    True,
+                    ctx.eps,
+                ),
+                [True, True, True],
+            )
+            grad_images[group] = found[0]
+            grad_weight += found[1]
+            grad_bias += found[2]
+        return grad_images, grad_weight, grad_bias, None, None
+
+
+def _layout(images: Tensor) -> torch.memory_format:
+    is_last = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
+    return torch.channels_last if is_last else torch.contiguous_format
+
+
+def group_images(model: nn.Module, group_size: int) -> None:
+    """Normalize each `group_size` images of a training forward by themselves; 0: all of them together."""
+    for layer in _layers(model):
+        layer.group_size = group_size
+
+
 def share_groups(model: nn.Module, all_reduce: Callable[[Tensor], Tensor] | None, shared_by: int) -> None:
     """Make `shared_by` processes share each batch-norm group: their images are normalized together in training.
 
@@ -117,7 +215,8 @@ class RunningStatistics:
         for group in local_groups:
             loss(model(group.images), group.labels).backward()
             statistics.accumulate()                  # anywhere between this group's forward and the next one's
-        statistics.advance(world.sum_, num_groups)   # once, on every rank
+        statistics.reduce(world.sum_)
+        statistics.advance(num_groups)               # once, on every rank
 
     Between steps it holds no state of its own, so a checkpoint needs the model's state dict alone.
     """
@@ -149,14 +248,26 @@ class RunningStatistics:
         """Add the statistics of the group that the model has just seen; call it once after each group's forward.
 
         It also zeroes the layers' group buffers: a NaN in them would outlive the next forward (see BatchNorm2d)."""
-        if self._layers:
+        if not self._layers:
+            return
+        if self._layers[0].graph_statistics is not None:
+            left = [layer.graph_statistics for layer in self._layers]
+            self._sum.add_(torch.cat([each.reshape(-1) for each in left if each is not None]))
+            for layer in self._layers:
+                layer.graph_statistics = None
+        else:
             self._sum.add_(self._group)
-            self._group.zero_()
+        self._group.zero_()
 
-    def advance(self, reduce: Callable[[Tensor], object] | None, num_groups: int, unless: Tensor | None = None) -> None:
+    def reduce(self, sum_: Callable[[Tensor], object]) -> None:
+        """Add up over all ranks what was accumulated: `sum_` sums a tensor over them in place. Collective."""
+        if self._layers:
+            sum_(self._sum)
+
+    def advance(self, num_groups: int, unless: Tensor | None = None) -> None:
         """running = (1 - momentum)·running + momentum·(mean over the `num_groups` groups of the global batch).
 
-        `reduce` sums a tensor over all ranks in place (None: a single process). Where several processes share a group
+        Where several processes share a group
         each of them has accumulated it, which is taken into account; `num_groups` stays the number of groups.
         `unless` [] bool: where it is true the running statistics stay as they are; nobody waits to look at it."""
         if num_groups < 1:
@@ -169,8 +280,6 @@ class RunningStatistics:
         )
         assert first.running_mean.data_ptr() == self._running.data_ptr(), replaced
         assert last.group_var.data_ptr() == self._group[-last.num_features :].data_ptr(), replaced
-        if reduce is not None:
-            reduce(self._sum)
         mean = self._sum.div_(num_groups * first.shared_by)
         if unless is not None:
             mean = torch.where(unless, self._running, mean)

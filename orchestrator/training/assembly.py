@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from orchestrator import models
-from orchestrator.config import MeanKind, Precision, TrainConfig
+from orchestrator.config import Compile, Family, MeanKind, Precision, TrainConfig
 from orchestrator.data.cache import ShardCache, default_folder
 from orchestrator.data.decoder import DecodeSettings
 from orchestrator.data.pipeline import Mean
@@ -93,12 +93,33 @@ def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | 
     """What convolutions and products compute in; None: float32 throughout."""
     on_gpu = device.type == "cuda"
     match precision:
-        case Precision.FP32:
+        case Precision.FP32 | Precision.TF32:
             return None
         case Precision.BF16:
             return torch.bfloat16
         case Precision.AUTO:
             return torch.bfloat16 if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else None
+
+
+def draws(config: TrainConfig) -> bool:
+    """Whether the network draws random numbers in training: VGG's dropout; a user's own network may."""
+    return bool(config.model.factory) or config.model.family is Family.VGG
+
+
+def groups_at_once(config: TrainConfig, device: torch.device) -> int:
+    """Batch-norm groups that go through the network together on a worker; 0: all. Raises ValueError."""
+    wanted = config.numerics.groups_at_once
+    if draws(config):  # a group's draws are its own
+        if wanted > 1:
+            raise ValueError("numerics.groups_at_once: this network draws random numbers for each group: leave it out")
+        return 1
+    return wanted or (0 if device.type == "cuda" else 1)
+
+
+def compile_mode(config: TrainConfig) -> str | None:
+    """torch.compile's; None: the network is not compiled."""
+    mode = config.numerics.compile
+    return None if mode is Compile.OFF else mode.value.replace("_", "-")
 
 
 def decode_settings(config: TrainConfig, device: torch.device, num_threads: int) -> DecodeSettings:
@@ -122,7 +143,8 @@ def set_arithmetic(device: torch.device, *, num_threads: int, deterministic: boo
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with a fixed workspace
         torch.use_deterministic_algorithms(True)
-    # TF32 is no float32: convolutions use it unless told not to.
+    # TF32 is no float32: convolutions use it unless told not to, products where they are told to.
     torch.backends.cudnn.allow_tf32 = precision is not Precision.FP32
+    torch.set_float32_matmul_precision("high" if precision is Precision.TF32 else "highest")
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cudnn.deterministic = deterministic

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from orchestrator.config import BatchConfig, OptimizerConfig
 from orchestrator.data.pipeline import Batch
 from orchestrator.data.sampling import Purpose, mix64
-from orchestrator.models import RunningStatistics, share_groups
+from orchestrator.models import RunningStatistics, group_images, share_groups
 from orchestrator.training.meters import Meter, Totals, cross_entropy
 from orchestrator.training.optimization import SGD
 from orchestrator.world import World, share_of
@@ -21,8 +21,8 @@ from orchestrator.world import World, share_of
 class ClassificationStep:
     """Forward, backward, reduction and update; top-1 and top-5 errors and loss are added up on the way.
 
-    The batch-norm group is the unit of work: this worker's groups go through the network one after another, gradients
-    add up and are reduced over the workers with the last group, running statistics advance once.
+    The batch-norm group is the unit of work: this worker's groups go through the network one after another or some at
+    once, gradients add up and are reduced over the workers with the last ones, running statistics advance once.
     """
 
     def __init__(
@@ -35,11 +35,16 @@ class ClassificationStep:
         autocast: torch.dtype | None,
         crop_px: int,
         seed: int,
+        groups_at_once: int = 1,
+        compile_mode: str | None = None,
+        reduce_in_bf16: bool = False,
+        draws: bool = True,
         ready: Callable[[], None] = lambda: None,
         reduced: Callable[[], None] = lambda: None,
     ) -> None:
         """``model`` is on the world's device; ``ready`` is told when this worker's own gradients are, ``reduced`` when
-        all workers' are summed.
+        all workers' are summed; ``groups_at_once``: 0: all; ``compile_mode``: torch.compile's, None: not compiled;
+        ``draws``: whether the model draws random numbers (dropout, …).
 
         Collective. Raises ValueError where workers cannot share the groups.
         """
@@ -48,7 +53,15 @@ class ClassificationStep:
         self._world, self._batch, self._autocast, self._seed = world, batch, autocast, seed
         share_groups(model, world.group_sum(self.share.sharers), self.share.sharers)
         self._statistics = RunningStatistics(model)
-        self._parallel, self._reduced = world.distribute(model, ready), reduced
+        self._at_once = min(groups_at_once or self.share.num_groups, self.share.num_groups)
+        self._draws = draws
+        if self.share.sharers == 1:
+            group_images(model, batch.bn_group_size)
+        self._parallel, self._reduced = world.distribute(model, ready, in_bf16=reduce_in_bf16), reduced
+        self._forward: Callable[[Tensor], Tensor] = self._parallel
+        if compile_mode is not None:
+            # DDP is compiled with the model in it: then graphs end where a bucket of gradients is full.
+            self._forward = torch.compile(self._parallel, mode=compile_mode, dynamic=False)
         self._meter = Meter(world.device)
         model.train()
         if world.size > 1:
@@ -67,23 +80,26 @@ class ClassificationStep:
         self._meter.add_samples(self.positions(step), batch.indices)
         if batch.replaced:
             self._meter.add_replaced(len(batch.replaced))
-        for number in range(share.num_groups):
-            group = slice(number * share.images_per_group, (number + 1) * share.images_per_group)
-            images, labels = batch.images[group], batch.labels[group]
-            # Whatever draws (dropout, stochastic depth, …) draws the same after a restart and at any number of workers.
-            torch.manual_seed(_group_seed(self._seed, step, share.first_group + number, share.first_image))
-            with self._world.reducing(self._parallel, now=number == share.num_groups - 1):
+        for first in range(0, share.num_groups, self._at_once):
+            last = min(first + self._at_once, share.num_groups)
+            groups = slice(first * share.images_per_group, last * share.images_per_group)
+            images, labels = batch.images[groups], batch.labels[groups]
+            if self._draws:
+                # Whatever draws does so in the same way after a restart and at any number of workers.
+                torch.manual_seed(_group_seed(self._seed, step, share.first_group + first, share.first_image))
+            with self._world.reducing(self._parallel, now=last == share.num_groups):
                 with torch.autocast(images.device.type, self._autocast, enabled=self._autocast is not None):
-                    logits = self._parallel(images)
+                    logits = self._forward(images)
                 losses = cross_entropy(logits, labels)
                 (losses.sum() / self._batch.global_batch_size).backward()
             self._statistics.accumulate()
             self._meter.add(logits.detach().float(), labels, losses.detach())
+        self._statistics.reduce(self._world.sum_)
         self._reduced()
         # Gradients are summed over all workers: what one of them finds not finite, all do, and leave the step out.
         bad = self.optimizer.not_finite()
         num_groups = self._batch.global_batch_size // self._batch.bn_group_size
-        self._statistics.advance(self._world.sum_, num_groups, unless=bad)
+        self._statistics.advance(num_groups, unless=bad)
         self.optimizer.step(lr, unless=bad)
         if self._world.is_first:
             self._meter.add_skipped(bad)
@@ -121,10 +137,11 @@ class ClassificationStep:
         layout: without this, the first step after a restart would add in another order than the same step of an
         unbroken run.
         """
-        images = torch.zeros(self.share.images_per_group, 3, crop_px, crop_px, device=self._world.device)
+        count = self._at_once * self.share.images_per_group
+        images = torch.zeros(count, 3, crop_px, crop_px, device=self._world.device)
         for _ in range(2):
             with torch.autocast(images.device.type, self._autocast, enabled=self._autocast is not None):
-                logits = self._parallel(images.contiguous(memory_format=torch.channels_last))
+                logits = self._forward(images.contiguous(memory_format=torch.channels_last))
             logits.float().sum().backward()
         self._parallel.zero_grad(set_to_none=False)
         self._statistics.discard()

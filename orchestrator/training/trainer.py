@@ -21,7 +21,10 @@ from orchestrator.storage import Storage
 from orchestrator.training.assembly import (
     autocast_dtype,
     build_model,
+    compile_mode,
     decode_settings,
+    draws,
+    groups_at_once,
     sample_stream,
     set_arithmetic,
     shard_cache,
@@ -111,6 +114,10 @@ def train(
         autocast=autocast,
         crop_px=config.input.crop_px,
         seed=config.seed,
+        groups_at_once=groups_at_once(config, world.device),
+        compile_mode=compile_mode(config),
+        reduce_in_bf16=config.numerics.reduce_in_bf16,
+        draws=draws(config),
         ready=gradients_ready,
         reduced=times.reduced,
     )

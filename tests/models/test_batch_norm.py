@@ -83,7 +83,7 @@ def test_nan_in_one_step_does_not_survive(bound: bool) -> None:
         statistics.discard()
         layer(make_images(4))
         statistics.accumulate()
-        statistics.advance(None, num_groups=1)
+        statistics.advance(num_groups=1)
         torch.testing.assert_close(layer.running_mean, 0.1 * make_images(4).mean((0, 2, 3)))
 
 
@@ -100,7 +100,7 @@ def test_running_statistics_advance_once_per_step_from_the_mean_over_groups(num_
             model(group)
             statistics.accumulate()
             assert torch.equal(model[0].running_mean, before)
-        statistics.advance(None, num_groups)
+        statistics.advance(num_groups)
         mean = 0.9 * mean + 0.1 * torch.stack([g.mean((0, 2, 3)) for g in groups]).mean(0)
         var = 0.9 * var + 0.1 * torch.stack([g.var((0, 2, 3)) for g in groups]).mean(0)
     torch.testing.assert_close(model[0].running_mean, mean)
@@ -116,7 +116,7 @@ def test_one_group_advances_as_torch_does() -> None:
     layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().clone()))
     model(torch.randn(4, 3, 16, 16))
     statistics.accumulate()
-    statistics.advance(None, num_groups=1)
+    statistics.advance(num_groups=1)
     torchs = nn.BatchNorm2d(32)
     torchs(seen[0])
     torch.testing.assert_close(layer.running_mean, torchs.running_mean)
@@ -132,13 +132,14 @@ def test_ranks_are_summed_however_the_groups_are_dealt_out() -> None:
         statistics[rank].accumulate()
     total = statistics[0]._sum + statistics[1]._sum
     for of_rank in statistics:
-        of_rank.advance(lambda tensor: tensor.copy_(total), num_groups=3)
+        of_rank.reduce(lambda tensor: tensor.copy_(total))
+        of_rank.advance(num_groups=3)
     whole = BatchNorm2d(6)
     of_whole = RunningStatistics(whole)
     for group in groups:
         whole(group)
         of_whole.accumulate()
-    of_whole.advance(None, num_groups=3)
+    of_whole.advance(num_groups=3)
     assert torch.equal(ranks[0].running_var, ranks[1].running_var)
     torch.testing.assert_close(ranks[0].running_mean, whole.running_mean)
     torch.testing.assert_close(ranks[0].running_var, whole.running_var)
@@ -156,7 +157,7 @@ def test_groups_may_be_accumulated_before_any_backward(device: str) -> None:
     for group in groups:
         losses.append(model(group).logsumexp(1).sum())
         statistics.accumulate()
-    statistics.advance(None, num_groups=2)
+    statistics.advance(num_groups=2)
     torch.stack(losses).sum().backward()
     for group in groups:
         reference(group).logsumexp(1).sum().backward()
@@ -179,13 +180,13 @@ def test_binding_survives_load_state_dict_and_copies() -> None:
     images = torch.randn(4, 3, 8, 8)
     model(images)
     statistics.accumulate()
-    statistics.advance(None, num_groups=1)
+    statistics.advance(num_groups=1)
     copied = CifarResNet(8)
     copied.load_state_dict(other)
     of_copy = RunningStatistics(copied)  # binding keeps the values that it finds
     copied(images)
     of_copy.accumulate()
-    of_copy.advance(None, num_groups=1)
+    of_copy.advance(num_groups=1)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, copied.state_dict()[name]), name
     assert not torch.equal(model.bn1.running_mean, other["bn1.running_mean"])
@@ -210,7 +211,7 @@ def test_moving_a_bound_model_is_noticed() -> None:
     statistics = RunningStatistics(model)
     model.double()
     with pytest.raises(AssertionError, match="replaced"):
-        statistics.advance(None, num_groups=1)
+        statistics.advance(num_groups=1)
 
 
 def test_a_model_without_batch_norm_is_fine() -> None:
@@ -218,13 +219,14 @@ def test_a_model_without_batch_norm_is_fine() -> None:
         model = VGG(16)
     statistics = RunningStatistics(model)
     statistics.accumulate()
-    statistics.advance(lambda tensor: pytest.fail("nothing to reduce"), num_groups=4)
+    statistics.reduce(lambda tensor: pytest.fail("nothing to reduce"))
+    statistics.advance(num_groups=4)
     statistics.discard()
 
 
 def test_mistakes_are_refused() -> None:
     with pytest.raises(ValueError, match="at least one"):
-        RunningStatistics(BatchNorm2d(2)).advance(None, num_groups=0)
+        RunningStatistics(BatchNorm2d(2)).advance(num_groups=0)
     with pytest.raises(ValueError, match="one momentum"):
         RunningStatistics(nn.Sequential(BatchNorm2d(2), BatchNorm2d(2, momentum=0.5)))
     with pytest.raises(ValueError, match="need an all_reduce"):
@@ -274,7 +276,9 @@ def take_step(dtype: torch.dtype, share: slice, processes: int) -> dict[str, Ten
     weights = torch.randn(6, 8, 3, 3, dtype=dtype)[share]
     output = model(images)
     statistics.accumulate()
-    statistics.advance(dist.all_reduce if processes > 1 else None, num_groups=1)
+    if processes > 1:
+        statistics.reduce(dist.all_reduce)
+    statistics.advance(num_groups=1)
     (output * weights).sum().backward()
     gradients = {f"gradient of {name}": parameter.grad for name, parameter in model.named_parameters()}
     if processes > 1:
