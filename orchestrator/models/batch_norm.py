@@ -1,9 +1,9 @@
 """Batch normalization whose unit is the batch-norm group, not the worker.
 
 A global batch is made of groups (paper: 8 groups of 32 images). A training forward sees one group, or several at once
-(`group_size`), normalizes each with that group's statistics and leaves the running statistics alone; these advance once per optimizer step, from the mean
-over all groups (RunningStatistics). So weights, buffers and validation error do not depend on how the groups are
-dealt out to workers.
+(`group_size`), normalizes each with that group's statistics and leaves the running statistics alone; these advance
+once per optimizer step, from the mean over all groups (RunningStatistics). So weights, buffers and validation error do
+not depend on how the groups are dealt out to workers.
 """
 
 from collections.abc import Callable
@@ -19,8 +19,8 @@ class BatchNorm2d(nn.BatchNorm2d):
     each `group_size` of them (0: all).
 
     A training forward leaves the group's mean and unbiased variance ([C], float32, not in the state dict) in
-    `group_mean` and `group_var`, of several groups the sums; `RunningStatistics` collects them from there. An evaluation forward reads
-    `running_mean` and `running_var`, as always. There is no `num_batches_tracked`.
+    `group_mean` and `group_var`, of several groups the sums; `RunningStatistics` collects them from there. An
+    evaluation forward reads `running_mean` and `running_var`, as always. There is no `num_batches_tracked`.
 
     Several processes may share one group: see `share_groups`.
     """
@@ -157,19 +157,9 @@ class _NormalizedByGroup(torch.autograd.Function):
         )
         for g in range(len(images) // size):
             group = slice(g * size, (g + 1) * size)
+            saved = saved_mean_GC[g], saved_scale_GC[g]
             found = torch.ops.aten.native_batch_norm_backward(
-                *(
-                    grad_out[group],
-                    images[group],
-                    weight,
-                    None,
-                    None,
-                    saved_mean_GC[g],
-                    saved_scale_GC[g],
-                    True,
-                    ctx.eps,
-                ),
-                [True, True, True],
+                *(grad_out[group], images[group], weight, None, None, *saved, True, ctx.eps), [True, True, True]
             )
             grad_images[group] = found[0]
             grad_weight += found[1]

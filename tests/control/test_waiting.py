@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from cluster.raylets import LocalCluster
 from orchestrator.config import PlacementConfig, TrainConfig
-from orchestrator.control.placement import may_grow
+from orchestrator.control.placement import may_grow, place
+from orchestrator.ray_session import Cluster, ClusterError, Node
 
 ROOT = Path(__file__).parents[2]
 
@@ -55,9 +57,22 @@ def test_an_elastic_run_waits_for_its_least_machines() -> None:
         assert waiting.communicate(timeout=100)[0] == "PLACED 2 (1, 1)\n"
 
 
+def test_an_autoscaler_is_not_asked_for_the_wrong_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    placement = PlacementConfig(autoscaling=True, num_workers=8)
+    head = Cluster((Node(16, 0),))
+    with pytest.raises(ValueError, match="give --placement.use-gpu True or False"):
+        place(TrainConfig(placement=placement), head)
+    assert not place(TrainConfig(placement=replace(placement, use_gpu=False)), head).use_gpu
+    with pytest.raises(ClusterError, match="8 workers need more GPUs"):
+        place(TrainConfig(placement=replace(placement, use_gpu=True)), head)
+    with pytest.raises(ValueError, match=r"placement\.autoscaling needs placement\.num_workers"):
+        TrainConfig(placement=PlacementConfig(autoscaling=True))
+
+
 def test_only_a_cluster_of_others_may_grow() -> None:
     elastic = TrainConfig(placement=PlacementConfig(min_workers=1))
-    autoscaled = TrainConfig(placement=PlacementConfig(autoscaling=True))
+    autoscaled = TrainConfig(placement=PlacementConfig(autoscaling=True, num_workers=2))
     address = {"RAY_ADDRESS": "10.0.0.1:6379"}
     assert may_grow(elastic, address)
     assert may_grow(autoscaled, address)

@@ -63,6 +63,7 @@ NOT_MET = {
     "orchestrator/control/mlflow_store.py: no tracking URI": "there is a default",
     "orchestrator/data/pipeline.py: mean image of …": "assembly resizes the mean image to the crop",
     "orchestrator/data/shards.py: FileNotFoundError …": "caught: the read goes to the store",
+    "orchestrator/models/batch_norm.py: … images are no whole number": "a worker has whole groups",
     "orchestrator/models/batch_norm.py: Groups shared by …": "a call of the library that contradicts itself",
     "orchestrator/models/batch_norm.py: No image for this process": "share_of refuses such a number of workers before",
     "orchestrator/models/batch_norm.py: A global batch has": "the config refuses it before",

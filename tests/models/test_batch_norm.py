@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_reduce as functional_all_reduce
 
-from orchestrator.models import VGG, BatchNorm2d, CifarResNet, ResNet, RunningStatistics, share_groups
+from orchestrator.models import VGG, BatchNorm2d, CifarResNet, ResNet, RunningStatistics, group_images, share_groups
 
 DEVICES = [
     "cpu",
@@ -307,3 +307,74 @@ def test_two_processes_sharing_a_group_equal_one(tmp_path: Path) -> None:
                 torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, msg=f"{name} in {dtype}")
             if "running" in name:
                 assert torch.equal(both[0], both[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@settings(max_examples=15, deadline=None)
+@given(num_groups=st.integers(2, 5), group_size=st.integers(1, 6), seed=st.integers(0, 99))
+def test_groups_at_once_are_groups_one_after_another_to_the_last_bit(
+    dtype: torch.dtype, layout: torch.memory_format, num_groups: int, group_size: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    alone, together = BatchNorm2d(5), BatchNorm2d(5)
+    for parameter in (alone.weight, alone.bias):
+        torch.nn.init.normal_(parameter)
+    together.load_state_dict(alone.state_dict())
+    group_images(together, group_size)
+    images, gradient = (
+        torch.randn(num_groups * group_size, 5, 6, 7).to(dtype).contiguous(memory_format=layout) for _ in range(2)
+    )
+    ones, all_ = images.clone().requires_grad_(), images.clone().requires_grad_()
+    outs, mean, var = [], torch.zeros(5), torch.zeros(5)
+    for group, out_gradient in zip(ones.split(group_size), gradient.split(group_size), strict=True):
+        out = alone(group)
+        out.backward(out_gradient, retain_graph=True)
+        outs.append(out.detach())
+        mean, var = mean + alone.group_mean, var + alone.group_var
+    out = together(all_)
+    out.backward(gradient)
+    assert torch.equal(out, torch.cat(outs))
+    assert torch.equal(all_.grad, ones.grad)
+    assert torch.equal(together.weight.grad, alone.weight.grad)
+    assert torch.equal(together.bias.grad, alone.bias.grad)
+    torch.testing.assert_close(together.group_mean, mean)
+    torch.testing.assert_close(together.group_var, var)
+    with pytest.raises(ValueError, match="no whole number of batch-norm groups"):
+        group_images(together, len(images) + 1)
+        together(images)
+
+
+def test_a_group_that_is_not_finite_spoils_no_other_and_no_later_one() -> None:
+    layer, images = BatchNorm2d(2), torch.randn(6, 2, 3, 3)
+    group_images(layer, 3)
+    images[0, 0, 0, 0] = torch.nan
+    out = layer(images)
+    assert out[:3, 0].isnan().all()
+    assert out[3:].isfinite().all()
+    assert layer(torch.randn(6, 2, 3, 3)).isfinite().all()
+    assert layer.group_mean.isfinite().all()
+
+
+def test_a_compiled_network_normalizes_by_group() -> None:
+    torch.manual_seed(0)
+    model = CifarResNet(8)
+    compiled, plain = copy.deepcopy(model), model
+    images = torch.randn(8, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+    statistics = [RunningStatistics(each) for each in (compiled, plain)]
+    for each in (compiled, plain):
+        group_images(each, 4)
+    forward = torch.compile(compiled, dynamic=False)
+    torch._dynamo.utils.counters.clear()
+    for step in range(3):
+        losses = [f(images + step).square().sum() for f in (forward, plain)]
+        torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-4)
+        for loss, each in zip(losses, statistics, strict=True):
+            loss.backward()
+            each.accumulate()
+            each.advance(num_groups=2)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    for (name, a), b in zip(compiled.state_dict().items(), plain.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
+    for (name, a), b in zip(compiled.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-3 * float(b.grad.abs().max()), msg=name)
