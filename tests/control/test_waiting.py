@@ -61,7 +61,7 @@ def test_an_autoscaler_is_not_asked_for_the_wrong_machines(monkeypatch: pytest.M
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     placement = PlacementConfig(autoscaling=True, num_workers=8)
     head = Cluster((Node(16, 0),))
-    with pytest.raises(ValueError, match="give --placement.use-gpu True or False"):
+    with pytest.raises(ValueError, match="may start machines with some or without"):
         place(TrainConfig(placement=placement), head)
     assert not place(TrainConfig(placement=replace(placement, use_gpu=False)), head).use_gpu
     with pytest.raises(ClusterError, match="8 workers need more GPUs"):

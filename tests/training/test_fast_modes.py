@@ -1,0 +1,65 @@
+"""What makes training faster changes roundings alone, and a run that is killed goes on to the same bits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from orchestrator.config import Compile, Family, ModelConfig, NumericsConfig, Precision, TrainConfig
+from orchestrator.training.assembly import compile_mode, draws, groups_at_once
+from tests.training.group import Group, check_equal, last_snapshot, run_to_end, small_config
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+def losses(run: Path) -> torch.Tensor:
+    return torch.tensor([e["metrics"]["train_loss"] for e in last_snapshot(run).journal if e["kind"] == "train"])
+
+
+def config_of(data: Path, storage: Path, name: str, numerics: NumericsConfig, *, own: bool) -> TrainConfig:
+    config = replace(small_config(data, storage, name), numerics=numerics)
+    if not own:
+        config = replace(config, schedule=replace(config.schedule, max_steps=3))
+    return replace(config, model=ModelConfig(factory="tests.training.own_network:build")) if own else config
+
+
+@pytest.mark.parametrize(
+    ("name", "numerics", "own", "workers", "tolerance"),
+    [
+        ("at-once", NumericsConfig(groups_at_once=2), False, 1, 2e-3),  # two groups, then one
+        ("compiled", NumericsConfig(compile=Compile.DEFAULT), True, 2, 1e-4),
+        ("reduced", NumericsConfig(reduce_in_bf16=True), True, 2, 2e-2),
+        ("tf32", NumericsConfig(precision=Precision.TF32), True, 1, 0.0),  # fp32 on a CPU
+    ],
+)
+def test_losses_are_those_of_the_plain_mode(
+    prepared: Path, tmp_path: Path, name: str, numerics: NumericsConfig, own: bool, workers: int, tolerance: float
+) -> None:
+    plain = run_to_end(config_of(prepared, tmp_path, "plain", NumericsConfig(), own=own), workers)
+    fast = run_to_end(config_of(prepared, tmp_path, name, numerics, own=own), workers)
+    assert len(losses(plain)) >= 3
+    torch.testing.assert_close(losses(fast), losses(plain), rtol=tolerance, atol=0)
+
+
+def test_a_compiled_run_that_is_killed_ends_with_the_same_bits(prepared: Path, tmp_path: Path) -> None:
+    numerics = NumericsConfig(compile=Compile.DEFAULT)
+    whole = run_to_end(config_of(prepared, tmp_path, "whole", numerics, own=True), 1)
+    config = config_of(prepared, tmp_path, "killed", numerics, own=True)
+    Group(config, 1).kill_when(lambda event: event["kind"] == "train" and event["step"] == 5)
+    check_equal(run_to_end(config, 1), whole)
+
+
+def test_what_goes_together_is_decided_by_network_and_device() -> None:
+    assert (groups_at_once(TrainConfig(), CPU), groups_at_once(TrainConfig(), GPU)) == (1, 0)
+    told = TrainConfig(numerics=NumericsConfig(groups_at_once=4))
+    assert (groups_at_once(told, CPU), groups_at_once(told, GPU)) == (4, 4)
+    vgg = TrainConfig(model=ModelConfig(family=Family.VGG, depth=16))
+    assert draws(vgg)
+    assert groups_at_once(vgg, GPU) == 1
+    with pytest.raises(ValueError, match=r"numerics\.groups_at_once: this network draws"):
+        groups_at_once(replace(told, model=vgg.model), GPU)
+    assert compile_mode(TrainConfig()) is None
+    assert compile_mode(TrainConfig(numerics=NumericsConfig(compile=Compile.MAX_AUTOTUNE))) == "max-autotune"
