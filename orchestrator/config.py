@@ -251,7 +251,7 @@ class PlacementConfig:
     cpus_per_worker: int = 0
     """CPU threads of a worker; 0: the node's CPUs shared among its GPUs, or all CPUs among the workers"""
     use_gpu: bool | None = None
-    """None: where the cluster has one"""
+    """None: where the cluster has one; to be said of a cluster that may still grow and has none yet"""
     autoscaling: bool = False
     """the cluster starts machines when they are asked for: wait for them (guard.wait_for_workers_s)"""
     ray_address: str = ""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from orchestrator.config import TrainConfig
-from orchestrator.control.placement import Placement, may_grow, place
+from orchestrator.control.placement import Placement, may_grow, place, uses_gpu
 from orchestrator.ray_session import Cluster, ClusterError, cluster_now
 
 _POLL_S = 2.0
@@ -19,8 +20,10 @@ def place_in_time(
     """``place``; a cluster that may grow is waited for, for ``guard.wait_for_workers_s``.
 
     ``leave`` is called often, and raises where the wait is to end. Raises ClusterError where the cluster is too small,
-    TimeoutError where it still is after the wait.
+    TimeoutError where it still is after the wait, ValueError where it cannot be known what to wait for.
     """
+    # Decided once: what the cluster has changes while its machines come.
+    config = replace(config, placement=replace(config.placement, use_gpu=uses_gpu(config, cluster)))
     try:
         return place(config, cluster)
     except ClusterError as error:
