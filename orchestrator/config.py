@@ -479,6 +479,11 @@ def _check(config: TrainConfig) -> None:
             f"placement.min_workers {config.placement.min_workers} is more than placement.num_workers "
             f"{config.placement.num_workers}"
         )
+    if config.placement.autoscaling and not (config.placement.num_workers or config.placement.min_workers):
+        wrong.append(
+            "placement.autoscaling without a number of workers asks for no machine: give placement.num_workers, or "
+            "placement.min_workers for an elastic run"
+        )
     if config.name and (config.name.startswith(".") or "/" in config.name or "\\" in config.name):
         wrong.append(f"name {config.name!r} must be a plain folder name")
     if wrong:

@@ -47,7 +47,7 @@ def place_in_time(
 def _asked_for(config: TrainConfig) -> Iterator[None]:
     """An autoscaler starts machines for what is asked for and cannot be placed: here as many workers as are wanted."""
     p = config.placement
-    if not p.autoscaling or not p.num_workers:
+    if not p.autoscaling:
         yield
         return
     from ray.util import placement_group, remove_placement_group
@@ -55,7 +55,7 @@ def _asked_for(config: TrainConfig) -> Iterator[None]:
     worker: dict[str, float] = {"CPU": max(1, p.cpus_per_worker)}
     if p.use_gpu:
         worker["GPU"] = 1
-    group = placement_group([worker] * p.num_workers, strategy="PACK")
+    group = placement_group([worker] * (p.num_workers or p.min_workers), strategy="PACK")
     try:
         yield
     finally:

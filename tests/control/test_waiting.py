@@ -82,7 +82,8 @@ def test_whether_to_wait_for_gpus_is_to_be_said(monkeypatch: pytest.MonkeyPatch)
     assert place(TrainConfig(placement=PlacementConfig(min_workers=2, num_workers=4)), head).use_gpu is False
 
 
-def test_what_an_autoscaler_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [{"num_workers": 4}, {"min_workers": 4}])
+def test_what_an_autoscaler_is_asked_for(number: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers with GPUs, also where that was left to the cluster; which may lose its only one in the meantime."""
     asked: list[list[dict[str, float]]] = []
     seen = iter([Cluster((Node(8, 0),)), Cluster((Node(8, 2), Node(8, 2)))])
@@ -91,15 +92,20 @@ def test_what_an_autoscaler_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(waiting, "cluster_now", lambda: next(seen))
     monkeypatch.setattr("ray.util.placement_group", lambda workers, strategy: asked.append(workers))
     monkeypatch.setattr("ray.util.remove_placement_group", lambda group: None)
-    config = TrainConfig(placement=PlacementConfig(autoscaling=True, num_workers=4, cpus_per_worker=3))
+    config = TrainConfig(placement=PlacementConfig(autoscaling=True, cpus_per_worker=3, **number))
     placed = waiting.place_in_time(config, Cluster((Node(8, 1),)), lambda text: None, lambda: None)
     assert asked == [[{"CPU": 3, "GPU": 1}] * 4]
     assert (placed.num_workers, placed.use_gpu) == (4, True)
 
 
+def test_an_autoscaler_has_to_be_asked_for_a_number() -> None:
+    with pytest.raises(ValueError, match=r"asks for no machine: give placement\.num_workers"):
+        TrainConfig(placement=PlacementConfig(autoscaling=True))
+
+
 def test_only_a_cluster_of_others_may_grow() -> None:
     elastic = TrainConfig(placement=PlacementConfig(min_workers=1))
-    autoscaled = TrainConfig(placement=PlacementConfig(autoscaling=True))
+    autoscaled = TrainConfig(placement=PlacementConfig(autoscaling=True, num_workers=1))
     address = {"RAY_ADDRESS": "10.0.0.1:6379"}
     assert may_grow(elastic, address)
     assert may_grow(autoscaled, address)
