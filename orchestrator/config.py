@@ -253,7 +253,8 @@ class PlacementConfig:
     use_gpu: bool | None = None
     """None: where the cluster has one; to be said of a cluster that may still grow and has none yet"""
     autoscaling: bool = False
-    """the cluster starts machines when they are asked for: wait for them (guard.wait_for_workers_s)"""
+    """the cluster starts machines when they are asked for: wait for them (guard.wait_for_workers_s); of a run, not of a
+    campaign"""
     ray_address: str = ""
     """Ray cluster to join; empty: RAY_ADDRESS, else a local one is started"""
     prefetch_batches: int = 2

@@ -93,6 +93,11 @@ class Campaign:
             wrong.append("evaluation.splits is empty: name what is scored: val, test")
         if c.placement.num_workers or c.placement.min_workers:
             wrong.append("the workers of a campaign's members are set by workers_per_member, not by placement")
+        if c.placement.autoscaling:
+            wrong.append(
+                "a campaign asks no autoscaler for machines (placement.autoscaling): its members' workers are decided "
+                "from those that are there, so start them first (ray.autoscaler.sdk.request_resources keeps them)"
+            )
         if min(c.workers_per_member, c.max_at_once, c.max_failures) < 0:
             wrong.append("workers_per_member, max_at_once and max_failures must not be negative")
         if c.name and (c.name.startswith(".") or "/" in c.name or "\\" in c.name):

@@ -102,6 +102,7 @@ def test_members_share_what_the_campaign_sets() -> None:
         ({"seed": 2**62}, "seed must be in"),
         ({"name": "../x"}, "must be a plain folder name"),
         ({"workers_per_member": -1}, "must not be negative"),
+        ({"placement": PlacementConfig(autoscaling=True)}, r"asks no autoscaler .* start them first"),
     ],
 )
 def test_a_campaign_that_contradicts_itself_is_refused(fields: dict[str, Any], said: str) -> None:
