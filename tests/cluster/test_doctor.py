@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from cluster.doctor import judgement, node
 from cluster.doctor.judgement import Finding, Offer, Outcome
 from cluster.raylets import LocalCluster
+from orchestrator.world import World
 from tests.mlflow_server import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -157,6 +159,52 @@ def test_a_rendezvous_that_nobody_comes_to_is_left() -> None:
         node.all_reduce("127.0.0.1", free_port(), rank=1, size=2, use_gpu=False, timeout_s=1)
     with pytest.raises(RuntimeError):
         node.all_reduce("127.0.0.1", free_port(), rank=0, size=2, use_gpu=False, timeout_s=1)
+
+
+class Together:
+    """Stands in for a process group, one rank of it at a time: ``total`` is its first sum, None: it fails."""
+
+    def __init__(self, total: torch.Tensor | None) -> None:
+        self.given: list[torch.Tensor] = []
+        self._total = total
+
+    def sum_(self, tensor: torch.Tensor) -> None:
+        self.given.append(tensor.clone())
+        if self._total is None:
+            raise RuntimeError("nobody is met")
+        if len(self.given) == 1:
+            tensor.copy_(self._total)
+
+    def barrier(self) -> None:
+        pass
+
+    leave = barrier
+
+
+def test_a_sum_of_ten_thousand_ranks_is_exact_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    size = 10_000
+
+    def reduce(rank: int, world: Together) -> float:
+        monkeypatch.setattr(World, "from_address", lambda *arguments: world)
+        return node.all_reduce("127.0.0.1", 1, rank, size, use_gpu=False, timeout_s=1, nbytes=4 * 251).deviation
+
+    def given_by(rank: int) -> torch.Tensor:
+        world = Together(None)
+        with pytest.raises(RuntimeError, match="nobody is met"):
+            reduce(rank, world)
+        return world.given[0]
+
+    monkeypatch.setattr("orchestrator.control.interface.choose_interface", lambda: None)
+    given = torch.stack([given_by(rank) for rank in range(size)])
+    assert given.dtype == torch.float32
+    assert not torch.equal(given[0], given[1])  # a rank that is counted twice does not go unnoticed
+    one_by_one = torch.zeros(251)
+    for each in given:
+        one_by_one += each
+    for total in (one_by_one, given.sum(0)):
+        assert reduce(7, Together(total)) == 0
+    one_by_one[250] += 1
+    assert reduce(7, Together(one_by_one)) == 1
 
 
 # -- what is judged ---------------------------------------------------------------------------------------------------
