@@ -168,6 +168,20 @@ def decoder(psnr_db: float, device: str, where: str) -> Finding:
     return Finding("dali", where, Outcome.OK, measured)
 
 
+def ranks(gpus: Mapping[str, int]) -> tuple[list[str], bool]:
+    """Nodes that add up together, one rank each time that one is named, and whether on GPUs. ``gpus``: by node.
+
+    As workers would: on GPUs wherever there are some, so that a head without one leaves NCCL to the others.
+    """
+    with_gpus = [node for node, number in gpus.items() if number]
+    if len(with_gpus) > 1:
+        return with_gpus, True
+    if with_gpus and gpus[with_gpus[0]] > 1:
+        return with_gpus * 2, True
+    nodes = list(gpus)
+    return nodes if len(nodes) > 1 else nodes * 2, False
+
+
 def reduction(found: Sequence[Reduction], backend: str, over: str) -> Finding:
     """``found``: of every rank; ``over``: who took part."""
     slowest = max(found, key=lambda each: each.time_s)

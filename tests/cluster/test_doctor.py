@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from cluster.doctor import judgement, node
+from cluster.doctor import examination, judgement, node
 from cluster.doctor.judgement import Finding, Offer, Outcome
 from cluster.raylets import LocalCluster
 from orchestrator.world import World
@@ -304,6 +304,53 @@ def test_who_may_use_the_cluster() -> None:
     assert judgement.dashboard("127.0.0.1:8265", ["127.0.0.1"]).outcome is Outcome.OK
     assert judgement.dashboard("10.0.0.1:8265", ["0.0.0.0"]).outcome is Outcome.WARNING
     assert judgement.dashboard("10.0.0.1:8265", []).outcome is Outcome.WARNING
+
+
+@pytest.mark.parametrize(
+    ("gpus", "places", "use_gpu"),
+    [
+        ({"head": 0, "a": 8, "b": 8}, ["a", "b"], True),
+        ({"head": 0, "a": 2}, ["a", "a"], True),
+        ({"a": 1, "b": 1}, ["a", "b"], True),
+        ({"head": 0, "a": 1}, ["head", "a"], False),
+        ({"a": 1}, ["a", "a"], False),
+        ({"a": 0, "b": 0, "c": 0}, ["a", "b", "c"], False),
+        ({"a": 0}, ["a", "a"], False),
+    ],
+)
+def test_who_adds_up(gpus: dict[str, int], places: list[str], use_gpu: bool) -> None:
+    assert judgement.ranks(gpus) == (places, use_gpu)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "told"),
+    [
+        ((0, 8, 8), [(Outcome.OK, "NCCL, 2 nodes: ")]),
+        ((0, 1), [(Outcome.SKIPPED, "NCCL was not tested"), (Outcome.OK, "gloo, 2 nodes: ")]),
+        ((4,), [(Outcome.OK, "NCCL, 2 processes: ")]),
+    ],
+)
+def test_gpus_are_what_adds_up(gpus: tuple[int, ...], told: list[tuple[Outcome, str]], monkeypatch: Any) -> None:
+    """The examination of a cluster that is not there: its nodes answer in this process."""
+    asked: list[tuple[int, int]] = []  # rank, and its GPUs
+
+    def answers(self: Any, calls: Any, function: Any, gpus: Any = lambda _: 0) -> list[Any]:
+        if function is node.free_port:
+            return [1]
+        asked.extend((arguments[2], gpus(OFFER)) for _, arguments in calls)
+        return [node.Reduction(len(calls), 1e-4, 8_000_000, 0.01, 0.0)] * len(calls)
+
+    alive = [
+        {"Alive": True, "NodeID": f"id{i}", "NodeManagerAddress": f"10.0.0.{i}", "Resources": {"CPU": 8, "GPU": n}}
+        for i, n in enumerate(gpus)
+    ]
+    monkeypatch.setattr("ray.nodes", lambda: alive)
+    monkeypatch.setattr(examination._Examination, "_ask_each", answers)
+    examined = examination._Examination(examination.Request())
+    examined._facts = dict.fromkeys(examined._offers, FACTS)
+    found = list(examined._all_reduce())
+    assert [(f.outcome, f.measured[: len(text)]) for f, (_, text) in zip(found, told, strict=True)] == told
+    assert asked == [(rank, int("NCCL" in told[-1][1])) for rank in range(2)]
 
 
 def test_a_reduction() -> None:
