@@ -237,10 +237,10 @@ class _Examination:
             for each, answer in answers.items():
                 if isinstance(answer, Trouble):
                     yield Finding("storage", called[each], Outcome.FAILS, answer.text, advice)
-        whole = [each for each in names if not isinstance(seen[each], Trouble)]
-        found = {called[each]: written[each] for each in whole}
-        unseen = {called[each]: [called[name] for name in seen[each]] for each in whole}
-        yield from judgement.storage(found, unseen, url)
+        failed = {called[each] for answers in (written, seen) for each in answers if isinstance(answers[each], Trouble)}
+        found = {called[each]: written[each] for each in names}
+        unseen = {called[each]: [called[name] for name in seen[each]] for each in names if called[each] not in failed}
+        yield from judgement.storage(found, unseen, url, failed)
 
     def _mlflow(self) -> Iterator[Finding]:
         from orchestrator.control import tracking

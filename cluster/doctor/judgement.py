@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -202,10 +202,16 @@ def reduction(found: Sequence[Reduction], backend: str, over: str) -> Finding:
     return Finding("all-reduce", "", Outcome.OK, measured)
 
 
-def storage(found: Mapping[str, StorageProbe], unseen: Mapping[str, Sequence[str]], url: str) -> list[Finding]:
-    """``found``: by machine; ``unseen``: the machines whose file it does not see."""
+def storage(
+    found: Mapping[str, StorageProbe], unseen: Mapping[str, Sequence[str]], url: str, failed: Collection[str] = ()
+) -> list[Finding]:
+    """``found``: by machine, of all that have written; ``unseen``: the machines whose file it does not see; ``failed``:
+    those that could not write, or not read, which has been told.
+    """
     findings = []
     for where, probe in found.items():
+        if where in failed:
+            continue
         if missing := unseen.get(where):
             measured = f"does not see in {url} what {', '.join(missing)} wrote"
             advice = "it is a folder of its own there: mount the same one on every node, or give a bucket"
@@ -218,10 +224,13 @@ def storage(found: Mapping[str, StorageProbe], unseen: Mapping[str, Sequence[str
             findings.append(Finding("storage", where, Outcome.OK, measured))
     winners = [where for where, probe in found.items() if probe.is_winner]
     exclusive = all(probe.creates_exclusively for probe in found.values())
-    # Where folders are not the same, that is what has to be told.
-    if exclusive and not any(unseen.values()) and found and len(winners) != 1:
+    # Where folders are not the same, that is what has to be told; of a machine that did not answer nobody knows.
+    is_one_folder = any(where not in failed for where in found) and not any(unseen.values())
+    nobody = not winners and set(failed) <= found.keys()
+    if exclusive and is_one_folder and (len(winners) > 1 or nobody):
         measured = f"one name was created by {len(winners)} of {len(found)} machines"
-        advice = "two drivers could own one run: use a file system with hard links or O_EXCL (NFS 4), or S3"
+        advice = "no driver could own a run" if nobody else "two drivers could own one run"
+        advice += ": use a file system with hard links or O_EXCL (NFS 4), or S3"
         findings.append(Finding("storage", "", Outcome.FAILS, measured, advice))
     return findings
 

@@ -378,8 +378,42 @@ def test_storage_that_lets_two_have_a_name() -> None:
     assert [f.outcome for f in in_order] == [Outcome.OK] * 2
     both = judgement.storage({"a": winner, "b": winner}, {}, "/s")
     assert both[-1].outcome is Outcome.FAILS
+    assert both[-1].advice.startswith("two drivers could own one run")
+    nobody = judgement.storage({"a": other, "b": other}, {}, "/s")
+    assert (nobody[-1].outcome, nobody[-1].measured) == (Outcome.FAILS, "one name was created by 0 of 2 machines")
+    assert nobody[-1].advice.startswith("no driver could own a run")
     unknown = judgement.storage({"a": dataclasses.replace(winner, creates_exclusively=False)}, {}, "/s")
     assert [f.outcome for f in unknown] == [Outcome.WARNING]
+
+
+def test_a_machine_that_failed_is_not_taken_for_storage_that_fails() -> None:
+    winner, other = node.StorageProbe(True, True, 0.1), node.StorageProbe(False, True, 0.1)
+    # It created the name, and failed later; or may have created it, and did not answer.
+    assert [f.where for f in judgement.storage({"a": winner, "b": other}, {"b": []}, "/s", {"a"})] == ["b"]
+    assert [f.outcome for f in judgement.storage({"b": other}, {"b": []}, "/s", {"a"})] == [Outcome.OK]
+    two = judgement.storage({"a": winner, "b": winner, "c": other}, {"b": [], "c": []}, "/s", {"a"})
+    assert two[-1].measured == "one name was created by 2 of 3 machines"
+    assert judgement.storage({"a": winner, "b": winner}, {}, "/s", {"a", "b"}) == []  # of one folder or of two?
+
+
+def test_storage_whose_winner_cannot_read_is_one_fault(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An examination of two nodes that answer in this process; the driver is the first to write, and cannot read."""
+
+    def answers(self: Any, calls: Any, function: Any, gpus: Any) -> list[Any]:
+        return [function(*arguments) for _, arguments in calls]
+
+    def here(self: Any, function: Any, *arguments: Any) -> Any:
+        return examination.Trouble("away") if function is node.read_storage else function(*arguments)
+
+    alive = [{"Alive": True, "NodeID": i, "NodeManagerAddress": f"10.0.0.{i}", "Resources": {"CPU": 1}} for i in "12"]
+    monkeypatch.setattr("ray.nodes", lambda: alive)
+    monkeypatch.setattr(examination._Examination, "_ask_each", answers)
+    monkeypatch.setattr(examination._Examination, "_here", here)
+    examined = examination._Examination(examination.Request(storage=str(tmp_path)))
+    examined._facts = dict.fromkeys(examined._offers, FACTS)
+    found = list(examined._storage())
+    assert [f.measured for f in found if f.outcome is Outcome.FAILS] == ["away"]
+    assert [f.where for f in found if f.outcome is Outcome.OK] == ["10.0.0.1", "10.0.0.2"]
 
 
 def test_storage_that_is_another_folder_on_a_node() -> None:
