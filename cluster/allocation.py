@@ -32,6 +32,8 @@ from pathlib import Path
 
 import psutil
 
+from orchestrator.control.interface import variables_of
+
 _POLL_S = 0.5
 _START_S = 120.0  # for Ray's own processes on a busy machine
 _BEAT_S = 5.0
@@ -80,7 +82,7 @@ class RayOnNodes:
             "RAY_AUTH_TOKEN_PATH": str(self._folder / "token"),
         }
         if self._interface:
-            found |= {"GLOO_SOCKET_IFNAME": self._interface, "NCCL_SOCKET_IFNAME": self._interface}
+            found |= variables_of(self._interface)
         return found
 
     def has_ended(self) -> bool:

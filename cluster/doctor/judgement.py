@@ -108,7 +108,8 @@ def network(facts: Facts, offer: Offer) -> Finding:
     """Over which interface workers meet: that of Ray's address, where nothing else is set."""
     of_ray = next((name for name, found in facts.interfaces.items() if offer.address in found), "")
     gloo, nccl = facts.gloo_interface, facts.nccl_interface
-    measured = f"Ray on {of_ray or 'none'} ({offer.address}), gloo on {gloo or of_ray}, NCCL on {nccl or of_ray}"
+    told = f"gloo on {gloo or of_ray}, NCCL on {nccl.removeprefix('=') or of_ray}"
+    measured = f"Ray on {of_ray or 'none'} ({offer.address}), {told}"
     for variable, value in (("GLOO_SOCKET_IFNAME", gloo), ("NCCL_SOCKET_IFNAME", nccl)):
         names = [name for name in facts.interfaces if selects(value, name, is_prefix=variable.startswith("NCCL"))]
         if value and not names:

@@ -11,7 +11,10 @@ import socket
 
 import psutil
 
-_VARIABLES = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
+
+def variables_of(name: str) -> dict[str, str]:
+    """What makes gloo and NCCL take the interface ``name`` and no other; without "=" NCCL takes eth10 for eth1."""
+    return {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": f"={name}"}
 
 
 def interface_of(address: str) -> str:
@@ -28,5 +31,5 @@ def choose_interface() -> None:
     import ray
 
     name = interface_of(ray.util.get_node_ip_address())
-    for variable in _VARIABLES if name else ():
-        os.environ.setdefault(variable, name)
+    for variable, value in variables_of(name).items() if name else ():
+        os.environ.setdefault(variable, value)

@@ -267,6 +267,7 @@ def test_a_machine(fields: dict[str, Any], advice: str) -> None:
         ({"gloo_interface": "eth1"}, Outcome.FAILS, "none of lo, eth0, ib0"),
         ({"gloo_interface": "eth0"}, Outcome.WARNING, "is it meant"),
         ({"nccl_interface": "ib"}, Outcome.OK, ""),
+        ({"nccl_interface": "=ib0"}, Outcome.OK, ""),
         ({"nccl_interface": "=ib"}, Outcome.FAILS, "NCCL_SOCKET_IFNAME names none"),
         ({"nccl_interface": "^lo,eth"}, Outcome.OK, ""),
     ],
@@ -274,6 +275,7 @@ def test_a_machine(fields: dict[str, Any], advice: str) -> None:
 def test_a_network(fields: dict[str, Any], outcome: Outcome, advice: str) -> None:
     found = judgement.network(changed(**fields), OFFER)
     assert found.outcome is outcome
+    assert "=" not in found.measured
     assert advice in found.advice
 
 
