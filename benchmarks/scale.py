@@ -1,11 +1,10 @@
 """The paper's campaign of six networks on more and more GPUs, on paper: ``python -m benchmarks.scale [--gpus 8 64 …]``.
 
 Nothing is trained and no GPU is there: orchestrator/control/prediction.py is asked. Every number that it starts from
-is an option below, with where it comes from. Three kinds of rows: the paper's batch of 256 with the number of GPUs
-that is done soonest (of equals within 2 % the fewest: more do not help); the same as ``jobs/campaign.py`` packs it,
-which takes n GPUs to be n ** 0.9 times as fast; and a batch that grows with the GPUs, 32 images each, as Goyal et al.
-2017 did with a learning rate that grows with it and a warm-up (no recipe here does so yet). The last line is
-machine-readable.
+is an option below, with where it comes from. Two kinds of rows: the paper's batch of 256 with the number of GPUs that
+is done soonest (of equals within 2 % the fewest: more do not help), which ``jobs/campaign.py`` takes as well; and a
+batch that grows with the GPUs, 32 images each, as Goyal et al. 2017 did with a learning rate that grows with it and a
+warm-up (no recipe here does so yet). The last line is machine-readable.
 """
 
 from __future__ import annotations
@@ -21,9 +20,7 @@ import torch
 from benchmarks.machine import line_of, record
 from jobs.campaign import ilsvrc2015
 from orchestrator import models
-from orchestrator.campaign.plan import Plan, pack
 from orchestrator.config import EvaluationConfig, Protocol, TrainConfig
-from orchestrator.control import dry_run
 from orchestrator.control.prediction import (
     GPU_FIXED_S,
     GPU_IMAGES_PER_S,
@@ -40,7 +37,6 @@ from orchestrator.control.prediction import (
     Work,
     campaign_time,
     goodput,
-    in_turn,
     run_time,
     stored,
 )
@@ -168,17 +164,6 @@ def site_of(a: argparse.Namespace) -> Site:
     return Site(wires, a.input_images_per_s, a.node_mtbf_h * 3600, a.restart_s, a.publish_s, a.stall_s_per_gb / 1e9)
 
 
-def as_packed(members: Sequence[Work], gpus: int, site: Site) -> CampaignTime:
-    """With the workers that ``jobs/campaign.py`` would decide for."""
-    campaign = ilsvrc2015()
-    each = site.wires.workers_per_node
-    cluster = dry_run.described([f"{max(1, gpus // each)}x{12 * each}x{min(gpus, each)}"]).cluster
-    assert cluster is not None
-    steps = {work.name: work.images // work.global_batch_size for work in members}
-    workers = pack(Plan(campaign, steps), cluster).workers
-    return in_turn([run_time(work, workers[work.name], site) for work in members], gpus)
-
-
 def storage() -> Stored:
     """Of all members."""
     total = [0, 0, 0]
@@ -218,13 +203,9 @@ def main() -> None:
         raise SystemExit(f"error: {error}") from None
     rows, figures = [], dict[str, float]()
     for gpus in a.gpus:
-        paper, packed, grown = (
-            campaign_time(fixed, gpus, site),
-            as_packed(fixed, gpus, site),
-            campaign_time(growing, gpus, site),
-        )
-        rows += [row(gpus, "", paper), row(gpus, ", as packed now", packed), row(gpus, ", growing", grown)]
-        for name, found in (("paper", paper), ("packed", packed), ("growing", grown)):
+        paper, grown = campaign_time(fixed, gpus, site), campaign_time(growing, gpus, site)
+        rows += [row(gpus, "", paper), row(gpus, ", growing", grown)]
+        for name, found in (("paper", paper), ("growing", grown)):
             figures |= {f"{name}_{gpus}_days": found.wall_s / 86_400, f"{name}_{gpus}_gpu_h": found.worker_s / 3600}
     widths = [max(map(len, column)) for column in zip(HEADER, *rows, strict=True)]
     for line in (HEADER, *rows):
@@ -270,7 +251,6 @@ def draw(path: Path, fixed: Sequence[Work], growing: Sequence[Work], site: Site,
     hours.plot(gpus, [alone_h / n for n in gpus], ":", color="0.6", label="one GPU's time shared out")
     curves = (
         ("batch 256 (the paper)", "-", [campaign_time(fixed, n, site) for n in gpus]),
-        ("batch 256, as packed now", "-.", [as_packed(fixed, n, site) for n in gpus]),
         ("batch grows, 32 a GPU", "--", [campaign_time(growing, n, site) for n in gpus]),
     )
     for label, style, found in curves:

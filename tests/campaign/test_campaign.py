@@ -148,6 +148,9 @@ def test_members_that_take_longest_come_first() -> None:
         ((18, 18, 18), (Node(2, 0),), {}, [2, 2, 2]),  # three times half the time beat two whole ones
         ((18, 18, 18), (Node(2, 0),), {"workers_per_member": 1}, [1, 1, 1]),
         ((18,), (Node(64, 0),), {}, [32]),  # a group shared by eight
+        ((18,), (Node(64, 64),), {}, [4]),  # GPUs that share a group are slower
+        ((18,), (Node(64, 64),), {"workers_per_member": 64}, [32]),
+        ((18, 18), (Node(16, 16),), {}, [4, 4]),
         ((18,), (Node(7, 0),), {}, [4]),  # 7 cannot share 4 groups
         ((152, 18), (Node(8, 2), Node(8, 2)), {}, [4, 4]),  # GPUs: the long one alone, then the short one
         ((18, 18, 18, 18), (Node(8, 4),), {}, [1, 1, 1, 1]),
