@@ -1,10 +1,10 @@
 """The paper's campaign of six networks on more and more GPUs, on paper: ``python -m benchmarks.scale [--gpus 8 64 …]``.
 
 Nothing is trained and no GPU is there: orchestrator/control/prediction.py is asked. Every number that it starts from
-is an option below, with where it comes from. Two kinds of rows: the paper's batch of 256 with the number of GPUs
-that is done soonest (of equals within 2 % the fewest: more do not help), which is also what ``jobs/campaign.py`` takes;
-and a batch that grows with the GPUs, 32 images each, as Goyal et al. 2017 did with a learning rate that grows with it
-and a warm-up (no recipe here does so yet). The last line is machine-readable.
+is an option below, with where it comes from. Two kinds of rows: the paper's batch of 256 with the number of GPUs that
+is done soonest (of equals within 2 % the fewest: more do not help), which ``jobs/campaign.py`` takes as well; and a
+batch that grows with the GPUs, 32 images each, as Goyal et al. 2017 did with a learning rate that grows with it and a
+warm-up (no recipe here does so yet). The last line is machine-readable.
 """
 
 from __future__ import annotations

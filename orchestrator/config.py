@@ -267,9 +267,10 @@ class PlacementConfig:
     cpus_per_worker: int = 0
     """CPU threads of a worker; 0: the node's CPUs shared among its GPUs, or all CPUs among the workers"""
     use_gpu: bool | None = None
-    """None: where the cluster has one"""
+    """None: where the cluster has one; to be said of a cluster that may still grow and has none yet"""
     autoscaling: bool = False
-    """the cluster starts machines when they are asked for: wait for them (guard.wait_for_workers_s)"""
+    """the cluster starts machines when they are asked for: wait for them (guard.wait_for_workers_s); of a run, not of a
+    campaign"""
     ray_address: str = ""
     """Ray cluster to join; empty: RAY_ADDRESS, else a local one is started"""
     prefetch_batches: int = 2
@@ -497,7 +498,10 @@ def _check(config: TrainConfig) -> None:
             f"{config.placement.num_workers}"
         )
     if config.placement.autoscaling and not (config.placement.num_workers or config.placement.min_workers):
-        wrong.append("placement.autoscaling needs placement.num_workers or placement.min_workers: what to ask for")
+        wrong.append(
+            "placement.autoscaling without a number of workers asks for no machine: give placement.num_workers, or "
+            "placement.min_workers for an elastic run"
+        )
     if config.name and (config.name.startswith(".") or "/" in config.name or "\\" in config.name):
         wrong.append(f"name {config.name!r} must be a plain folder name")
     if wrong:

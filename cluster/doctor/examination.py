@@ -182,13 +182,11 @@ class _Examination:
                     yield judgement.decoder(found, device, where)
 
     def _all_reduce(self) -> Iterator[Finding]:
-        # Workers are where the GPUs are.
-        nodes = [each for each in self._facts if self._offers[each].gpus] or list(self._facts)
-        size = max(2, len(nodes))
-        places = nodes if len(nodes) > 1 else nodes * 2
-        use_gpu = all(self._offers[each].gpus >= places.count(each) for each in nodes)
-        if self._offers[nodes[0]].gpus and not use_gpu:
-            yield Finding("all-reduce", "", Outcome.SKIPPED, "NCCL was not tried", "it takes two GPUs")
+        places, use_gpu = judgement.ranks({each: self._offers[each].gpus for each in self._facts})
+        size, nodes = len(places), set(places)
+        if not use_gpu and any(self._offers[each].gpus for each in nodes):
+            measured = "NCCL was not tested: the cluster has one GPU, and a sum takes two"
+            yield Finding("all-reduce", "", Outcome.SKIPPED, measured)
         host = self._offers[places[0]].address
         (port,) = self._ask({places[0]: ()}, node.free_port).values()
         if isinstance(port, Trouble):
@@ -239,10 +237,10 @@ class _Examination:
             for each, answer in answers.items():
                 if isinstance(answer, Trouble):
                     yield Finding("storage", called[each], Outcome.FAILS, answer.text, advice)
-        whole = [each for each in names if not isinstance(seen[each], Trouble)]
-        found = {called[each]: written[each] for each in whole}
-        unseen = {called[each]: [called[name] for name in seen[each]] for each in whole}
-        yield from judgement.storage(found, unseen, url, all_answered=len(whole) == len(written))
+        failed = {called[each] for answers in (written, seen) for each in answers if isinstance(answers[each], Trouble)}
+        found = {called[each]: written[each] for each in names}
+        unseen = {called[each]: [called[name] for name in seen[each]] for each in names if called[each] not in failed}
+        yield from judgement.storage(found, unseen, url, failed)
 
     def _mlflow(self) -> Iterator[Finding]:
         from orchestrator.control import tracking

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -108,7 +108,8 @@ def network(facts: Facts, offer: Offer) -> Finding:
     """Over which interface workers meet: that of Ray's address, where nothing else is set."""
     of_ray = next((name for name, found in facts.interfaces.items() if offer.address in found), "")
     gloo, nccl = facts.gloo_interface, facts.nccl_interface
-    measured = f"Ray on {of_ray or 'none'} ({offer.address}), gloo on {gloo or of_ray}, NCCL on {nccl or of_ray}"
+    told = f"gloo on {gloo or of_ray}, NCCL on {nccl.removeprefix('=') or of_ray}"
+    measured = f"Ray on {of_ray or 'none'} ({offer.address}), {told}"
     for variable, value in (("GLOO_SOCKET_IFNAME", gloo), ("NCCL_SOCKET_IFNAME", nccl)):
         names = [name for name in facts.interfaces if selects(value, name, is_prefix=variable.startswith("NCCL"))]
         if value and not names:
@@ -168,6 +169,20 @@ def decoder(psnr_db: float, device: str, where: str) -> Finding:
     return Finding("dali", where, Outcome.OK, measured)
 
 
+def ranks(gpus: Mapping[str, int]) -> tuple[list[str], bool]:
+    """Nodes that add up together, one rank each time that one is named, and whether on GPUs. ``gpus``: by node.
+
+    As workers would: on GPUs wherever there are some, so that a head without one leaves NCCL to the others.
+    """
+    with_gpus = [node for node, number in gpus.items() if number]
+    if len(with_gpus) > 1:
+        return with_gpus, True
+    if with_gpus and gpus[with_gpus[0]] > 1:
+        return with_gpus * 2, True
+    nodes = list(gpus)
+    return nodes if len(nodes) > 1 else nodes * 2, False
+
+
 def reduction(found: Sequence[Reduction], backend: str, over: str) -> Finding:
     """``found``: of every rank; ``over``: who took part."""
     slowest = max(found, key=lambda each: each.time_s)
@@ -189,13 +204,15 @@ def reduction(found: Sequence[Reduction], backend: str, over: str) -> Finding:
 
 
 def storage(
-    found: Mapping[str, StorageProbe], unseen: Mapping[str, Sequence[str]], url: str, *, all_answered: bool = True
+    found: Mapping[str, StorageProbe], unseen: Mapping[str, Sequence[str]], url: str, failed: Collection[str] = ()
 ) -> list[Finding]:
-    """``found``: by machine; ``unseen``: the machines whose file it does not see. Where not all have answered, the one
-    that created a name may be among those that have not.
+    """``found``: by machine, of all that have written; ``unseen``: the machines whose file it does not see; ``failed``:
+    those that could not write, or not read, which has been told.
     """
     findings = []
     for where, probe in found.items():
+        if where in failed:
+            continue
         if missing := unseen.get(where):
             measured = f"does not see in {url} what {', '.join(missing)} wrote"
             advice = "it is a folder of its own there: mount the same one on every node, or give a bucket"
@@ -208,10 +225,13 @@ def storage(
             findings.append(Finding("storage", where, Outcome.OK, measured))
     winners = [where for where, probe in found.items() if probe.is_winner]
     exclusive = all(probe.creates_exclusively for probe in found.values())
-    # Where folders are not the same, that is what has to be told.
-    if exclusive and not any(unseen.values()) and found and (len(winners) > 1 or (all_answered and not winners)):
+    # Where folders are not the same, that is what has to be told; of a machine that did not answer nobody knows.
+    is_one_folder = any(where not in failed for where in found) and not any(unseen.values())
+    nobody = not winners and set(failed) <= found.keys()
+    if exclusive and is_one_folder and (len(winners) > 1 or nobody):
         measured = f"one name was created by {len(winners)} of {len(found)} machines"
-        advice = "two drivers could own one run: use a file system with hard links or O_EXCL (NFS 4), or S3"
+        advice = "no driver could own a run" if nobody else "two drivers could own one run"
+        advice += ": use a file system with hard links or O_EXCL (NFS 4), or S3"
         findings.append(Finding("storage", "", Outcome.FAILS, measured, advice))
     return findings
 

@@ -201,21 +201,17 @@ def all_reduce(
                 torch.cuda.synchronize()
             return time.perf_counter() - start_s
 
-        # Whole numbers below 2^24 (up to 14,000 processes): every order of additions gives the same float.
+        # Whole numbers below 2^24 (up to 14,000 ranks): every order of additions gives the same float.
         pattern = (torch.arange(nbytes // 4, device=device) % 251).float()
-        mine = pattern * _factor(rank)
+        mine = pattern * (rank % 8 + 1)
         world.sum_(mine)
-        deviation = float((mine - pattern * sum(map(_factor, range(size)))).abs().max())
+        deviation = float((mine - pattern * sum(each % 8 + 1 for each in range(size))).abs().max())
         one, zeros = torch.zeros(1, device=device), torch.zeros_like(pattern)
         latency_s = statistics.median(timed_s(one) for _ in range(_NUM_LATENCIES))
         time_s = statistics.median(timed_s(zeros) for _ in range(_NUM_BANDWIDTHS))
         return Reduction(size, latency_s, pattern.nbytes, time_s, deviation)
     finally:
         world.leave()
-
-
-def _factor(rank: int) -> int:
-    return rank % 8 + 1
 
 
 # -- storage and data -----------------------------------------------------------------------------------------------

@@ -20,8 +20,7 @@ from orchestrator.ray_session import Cluster
 from orchestrator.world import largest_share
 
 _SEEDS_A_CAMPAIGN = 1000
-_SPEEDUP = 0.9  # n workers are taken to be n ** 0.9 times as fast: they wait for each other. Up to a group each: those
-# that share groups reduce statistics in every layer, and are no faster at all (benchmarks/scale.py).
+_SPEEDUP = 0.9  # n workers are taken to be n ** 0.9 times as fast: they wait for each other
 
 # -- what is wanted -------------------------------------------------------------------------------------------------
 
@@ -54,8 +53,8 @@ class CampaignConfig:
     submission: Protocol | None = None
     """protocol whose scores are submitted; None: multi_scale if it is tested, else the last one named"""
     workers_per_member: int = 0
-    """worker processes of each member; 0: decided once from the cluster, so that all members are done soonest.
-    Another number than before decides again"""
+    """worker processes of each member; 0: decided once from the cluster, so that all members are done soonest, at most
+    one GPU for each batch-norm group. Another number than before decides again"""
     max_at_once: int = 0
     """members that train at a time; 0: as many as fit"""
     max_failures: int = 3
@@ -96,8 +95,8 @@ class Campaign:
             wrong.append("the workers of a campaign's members are set by workers_per_member, not by placement")
         if c.placement.autoscaling:
             wrong.append(
-                "placement.autoscaling is of a single run: for a campaign start the machines first (ray up, with "
-                "min_workers), or give each member's run its own command"
+                "a campaign asks no autoscaler for machines (placement.autoscaling): its members' workers are decided "
+                "from those that are there, so start them first (ray.autoscaler.sdk.request_resources keeps them)"
             )
         if min(c.workers_per_member, c.max_at_once, c.max_failures) < 0:
             wrong.append("workers_per_member, max_at_once and max_failures must not be negative")
@@ -198,7 +197,9 @@ def pack(plan: Plan, cluster: Cluster) -> Packing:
     """Workers of each member, by the plan and the size of the cluster alone: those with which all are done soonest.
 
     Each number of workers for every member is tried, members that need most time first; of equals the fewest workers
-    win. A member has no more workers than batch-norm groups, unless ``workers_per_member`` says so.
+    win. A member has no more GPUs than batch-norm groups: those that share one wait for each other in every layer, and
+    what is fixed of a pass does not shrink, so that they are slower (benchmarks/RESULTS.md, "Scale on paper"). On CPUs
+    nothing is fixed, and where workers_per_member asks for more it has more: as many as can share its groups.
     """
     c, configs, order = plan.campaign.config, plan.campaign.run_configs(), plan.by_weight()
     use_gpu = cluster.gpus > 0 if c.placement.use_gpu is None else c.placement.use_gpu
@@ -206,11 +207,13 @@ def pack(plan: Plan, cluster: Cluster) -> Packing:
     if use_gpu and not c.placement.cpus_per_worker:
         cpus = max(1, min((node.cpus // node.gpus for node in cluster.nodes if node.gpus), default=1))
     num = slots_of(cluster, use_gpu, cpus)
+    batches = {name: config.batch for name, config in configs.items()}
+    groups = {name: batch.global_batch_size // batch.bn_group_size for name, batch in batches.items()}
+    is_capped = use_gpu and not c.workers_per_member
 
     def workers(each: int) -> dict[str, int]:
-        sizes = {name: (config.batch.global_batch_size, config.batch.bn_group_size) for name, config in configs.items()}
-        most = {name: num if c.workers_per_member else size // group for name, (size, group) in sizes.items()}
-        return {name: largest_share(min(each, num, most[name]), *sizes[name]) for name in configs}
+        most = {name: min(each, num, groups[name] if is_capped else num) for name in configs}
+        return {n: largest_share(most[n], b.global_batch_size, b.bn_group_size) for n, b in batches.items()}
 
     def time_of(each: int) -> float:
         dealt, busy, finished = workers(each), dict[str, float](), 0.0  # busy: when each running member ends
@@ -225,7 +228,8 @@ def pack(plan: Plan, cluster: Cluster) -> Packing:
 
     if num < 1:
         return Packing({}, cpus, use_gpu, 0)
-    each = c.workers_per_member or min(range(1, num + 1), key=lambda n: (round(time_of(n) / time_of(1), 6), n))
+    numbers = range(1, min(num, max(groups.values()) if is_capped else num) + 1)
+    each = c.workers_per_member or min(numbers, key=lambda n: (round(time_of(n) / time_of(1), 6), n))
     return Packing(workers(each), cpus, use_gpu, num)
 
 

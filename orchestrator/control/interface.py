@@ -12,6 +12,11 @@ import socket
 import psutil
 
 
+def variables_of(name: str) -> dict[str, str]:
+    """What makes gloo and NCCL take the interface ``name`` and no other; without "=" NCCL takes eth10 for eth1."""
+    return {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": f"={name}"}
+
+
 def interface_of(address: str) -> str:
     """The interface of this machine that has this IP address; "" for loopback and for another machine's."""
     for name, addresses in psutil.net_if_addrs().items():
@@ -28,8 +33,3 @@ def choose_interface() -> None:
     name = interface_of(ray.util.get_node_ip_address())
     for variable, value in variables_of(name).items() if name else ():
         os.environ.setdefault(variable, value)
-
-
-def variables_of(name: str) -> dict[str, str]:
-    """What makes gloo and NCCL take this interface. For NCCL a bare name is the beginning of one: eth1 is eth10 too."""
-    return {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": f"={name}"}

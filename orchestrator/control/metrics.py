@@ -25,6 +25,8 @@ _GAUGES = {
     "images_per_s": ("images_per_second", "of all workers, stalls left out", 1),
     "data_wait_share": ("data_wait_ratio", "share of the time in which the first worker waits for images", 1),
 }
+# Events of a run that trains. Others tell of a step that is past, as of a checkpoint when it is published.
+_AT_STEP = "start", "progress", "train", "validation", "saving"
 
 
 class Exporter:
@@ -44,7 +46,8 @@ class Exporter:
         self._step, self._steps = gauge("step", "optimizer steps done"), gauge("steps", "steps of the whole run")
         self._epoch = gauge("epoch", "passes over the training set")
         self._workers, self._start = gauge("workers", ""), gauge("start_number", "how often the run was started")
-        self._saved_s = gauge("last_checkpoint_timestamp_seconds", "of the last one published, or this driver's start")
+        what = "when the last checkpoint was published; before this driver's first: when it began"
+        self._saved_s, self._has_begun = gauge("last_checkpoint_timestamp_seconds", what), False
         self._groups = counter("worker_group_starts", "by this driver; each but the first after something failed")
         self._checkpoints = counter("checkpoints", "published under this driver")
         self._stall_s = counter("checkpoint_stall_seconds", "for which training stood still to save")
@@ -67,15 +70,16 @@ class Exporter:
 
     def _put(self, event: Event) -> None:
         run = self._run
-        # A checkpoint is told when it is published, some steps later.
-        if isinstance(event.get("step"), int) and event["kind"] != "checkpoint":
+        if event["kind"] in _AT_STEP and "step" in event:
             self._step.labels(run).set(event["step"])
         if "epoch" in event:
             self._epoch.labels(run).set(event["epoch"])
+        if event["kind"] in ("placed", "start") and not self._has_begun:  # once: workers may start again and again
+            self._has_begun = True
+            self._saved_s.labels(run).set_to_current_time()
         match event["kind"]:
             case "placed":
                 self._start.labels(run).set(event["attempt"])
-                self._saved_s.labels(run).set_to_current_time()
             case "start":
                 self._steps.labels(run).set(event["steps"])
                 self._workers.labels(run).set(event["workers"])
@@ -91,6 +95,9 @@ class Exporter:
             case "checkpoint":
                 self._checkpoints.labels(run).inc()
                 self._saved_s.labels(run).set_to_current_time()
+            case "finished":  # maybe before the last step, by its learning rate policy
+                self._step.labels(run).set(event["steps"])
+                self._steps.labels(run).set(event["steps"])
 
     def _take(self, numbers: Mapping[str, Any]) -> None:
         for key, (gauge, by) in self._gauges.items():

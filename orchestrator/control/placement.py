@@ -28,14 +28,9 @@ class Placement:
 
 
 def place(config: TrainConfig, cluster: Cluster) -> Placement:
-    """Workers for this cluster. Raises ClusterError where it has too few CPUs or GPUs."""
+    """Workers for this cluster. Raises ClusterError where it has too few CPUs or GPUs; see ``uses_gpu`` as well."""
     p, batch = config.placement, config.batch
-    use_gpu = cluster.gpus > 0 if p.use_gpu is None else p.use_gpu
-    if p.autoscaling and p.use_gpu is None and not use_gpu and may_grow(config):
-        raise ValueError(
-            "--placement.autoscaling: the cluster has no GPU yet, and may start machines with some or without: give "
-            "--placement.use-gpu True or False"
-        )
+    use_gpu = uses_gpu(config, cluster)
     slots = slots_of(cluster, use_gpu, max(1, p.cpus_per_worker))
     each = f", {p.cpus_per_worker} for each on one node" if p.cpus_per_worker > 1 else ""
     least = p.min_workers or p.num_workers
@@ -67,6 +62,19 @@ def place(config: TrainConfig, cluster: Cluster) -> Placement:
         left -= per_node[-1]
     packed = tuple(workers for workers in per_node if workers)
     return Placement(num_workers, cpus, use_gpu, p.min_workers or most, most, packed)
+
+
+def uses_gpu(config: TrainConfig, cluster: Cluster) -> bool:
+    """Whether each worker has a GPU. Raises ValueError where nobody has said so, and what is there does not tell: a
+    cluster whose GPUs are still to come would be trained on with its CPUs, for weeks.
+    """
+    asked = config.placement.use_gpu
+    if asked is None and not cluster.gpus and may_grow(config):
+        raise ValueError(
+            "the cluster has no GPUs yet, and machines that have some may still come: give --placement.use-gpu True to "
+            "wait for them, or False to train on CPUs"
+        )
+    return cluster.gpus > 0 if asked is None else asked
 
 
 def slots_of(cluster: Cluster, use_gpu: bool, cpus_per_worker: int) -> int:

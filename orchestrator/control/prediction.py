@@ -15,7 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from orchestrator.world import largest_share, share_of
+from orchestrator.world import share_of
 
 # -- what is assumed where nothing was measured ---------------------------------------------------------------------
 
@@ -243,10 +243,8 @@ class Work:
     largest_batch_size: int = 0
 
     def workers(self, most: int) -> int:
-        """The most workers up to ``most`` that are of use."""
-        if self.largest_batch_size:
-            return min(most, max(self.global_batch_size, self.largest_batch_size) // self.bn_group_size)
-        return largest_share(most, self.global_batch_size, self.bn_group_size)
+        """The most workers up to ``most`` that a campaign gives it: one for each batch-norm group."""
+        return min(most, max(self.global_batch_size, self.largest_batch_size) // self.bn_group_size)
 
     def batch_size(self, workers: int) -> int:
         return max(self.global_batch_size, min(workers * self.bn_group_size, self.largest_batch_size))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from orchestrator.config import TrainConfig
-from orchestrator.control.placement import Placement, may_grow, place
+from orchestrator.control.placement import Placement, may_grow, place, uses_gpu
 from orchestrator.ray_session import Cluster, ClusterError, cluster_now
 
 _POLL_S = 2.0
@@ -19,8 +20,10 @@ def place_in_time(
     """``place``; a cluster that may grow is waited for, for ``guard.wait_for_workers_s``.
 
     ``leave`` is called often, and raises where the wait is to end. Raises ClusterError where the cluster is too small,
-    TimeoutError where it still is after the wait.
+    TimeoutError where it still is after the wait, ValueError where it cannot be known what to wait for.
     """
+    # Decided once: what the cluster has changes while its machines come.
+    config = replace(config, placement=replace(config.placement, use_gpu=uses_gpu(config, cluster)))
     try:
         return place(config, cluster)
     except ClusterError as error:
@@ -29,7 +32,7 @@ def place_in_time(
         why = error
     limit_s, until_s = config.guard.wait_for_workers_s, time.monotonic() + config.guard.wait_for_workers_s
     tell(f"waiting for machines, for up to {limit_s:.0f} s (guard.wait_for_workers_s): {why}")
-    with _asked_for(config, use_gpu=cluster.gpus > 0 if config.placement.use_gpu is None else config.placement.use_gpu):
+    with _asked_for(config):
         while time.monotonic() < until_s:
             leave()
             time.sleep(_POLL_S)
@@ -41,7 +44,7 @@ def place_in_time(
 
 
 @contextmanager
-def _asked_for(config: TrainConfig, *, use_gpu: bool) -> Iterator[None]:
+def _asked_for(config: TrainConfig) -> Iterator[None]:
     """An autoscaler starts machines for what is asked for and cannot be placed: here as many workers as are wanted."""
     p = config.placement
     if not p.autoscaling:
@@ -50,7 +53,7 @@ def _asked_for(config: TrainConfig, *, use_gpu: bool) -> Iterator[None]:
     from ray.util import placement_group, remove_placement_group
 
     worker: dict[str, float] = {"CPU": max(1, p.cpus_per_worker)}
-    if use_gpu:
+    if p.use_gpu:
         worker["GPU"] = 1
     group = placement_group([worker] * (p.num_workers or p.min_workers), strategy="PACK")
     try:

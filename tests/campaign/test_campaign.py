@@ -102,6 +102,7 @@ def test_members_share_what_the_campaign_sets() -> None:
         ({"seed": 2**62}, "seed must be in"),
         ({"name": "../x"}, "must be a plain folder name"),
         ({"workers_per_member": -1}, "must not be negative"),
+        ({"placement": PlacementConfig(autoscaling=True)}, r"asks no autoscaler .* start them first"),
     ],
 )
 def test_a_campaign_that_contradicts_itself_is_refused(fields: dict[str, Any], said: str) -> None:
@@ -146,8 +147,10 @@ def test_members_that_take_longest_come_first() -> None:
         ((18, 18), (Node(2, 0),), {}, [1, 1]),  # side by side
         ((18, 18, 18), (Node(2, 0),), {}, [2, 2, 2]),  # three times half the time beat two whole ones
         ((18, 18, 18), (Node(2, 0),), {"workers_per_member": 1}, [1, 1, 1]),
-        ((18,), (Node(64, 0),), {}, [4]),  # a group each: workers that share groups are no faster
-        ((18,), (Node(64, 0),), {"workers_per_member": 64}, [32]),  # by order, a group shared by eight
+        ((18,), (Node(64, 0),), {}, [32]),  # a group shared by eight
+        ((18,), (Node(64, 64),), {}, [4]),  # GPUs that share a group are slower
+        ((18,), (Node(64, 64),), {"workers_per_member": 64}, [32]),
+        ((18, 18), (Node(16, 16),), {}, [4, 4]),
         ((18,), (Node(7, 0),), {}, [4]),  # 7 cannot share 4 groups
         ((152, 18), (Node(8, 2), Node(8, 2)), {}, [4, 4]),  # GPUs: the long one alone, then the short one
         ((18, 18, 18, 18), (Node(8, 4),), {}, [1, 1, 1, 1]),

@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.scale import cost_of, storage
+from benchmarks.scale import arguments, cost_of, site_of, storage, works
 from jobs.campaign import ilsvrc2015
+from orchestrator.campaign.plan import Plan, pack
+from orchestrator.control.prediction import campaign_time
+from orchestrator.ray_session import Cluster, Node
 from orchestrator.training.assembly import build_model
 
 ROOT = Path(__file__).parents[2]
@@ -32,6 +35,18 @@ def test_a_table_a_figure_and_a_line(tmp_path: Path) -> None:
     assert told["growing_128_days"] < told["growing_64_days"] / 1.9
     for gpus in (8, 64, 128):
         assert told[f"growing_{gpus}_gpu_h"] <= told[f"growing_{gpus}_days"] * 24 * gpus * 1.01
+
+
+def test_a_campaign_is_packed_as_it_is_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No member is given GPUs that would slow it."""
+    monkeypatch.setattr("sys.argv", ["scale"])
+    a = arguments()
+    members, site = works(a, 0), site_of(a)
+    steps = {work.name: work.images // work.global_batch_size for work in members}
+    for gpus in (1, 8, 16, 32, 64, 512):
+        cluster = Cluster(tuple(Node(12 * min(gpus, 8), min(gpus, 8)) for _ in range(max(1, gpus // 8))))
+        found = {run.work.name: run.workers for run in campaign_time(members, gpus, site).runs}
+        assert pack(Plan(ilsvrc2015(), steps), cluster).workers == found, gpus
 
 
 def test_bytes_are_those_of_the_networks() -> None:

@@ -75,6 +75,10 @@ def test_machines_are_asked_for_and_waited_for(head: Head, prepared: Path, tmp_p
     refused = run()
     assert refused.returncode == 2
     assert "2 workers need more CPUs than the cluster's 0" in refused.stderr
+    unsaid = run("--placement.autoscaling", "True")
+    assert unsaid.returncode == 2
+    assert "give --placement.use-gpu True to wait for them, or False to train on CPUs" in unsaid.stderr
+    words += ["--placement.use-gpu", "False"]
     late = run(
         "--placement.autoscaling", "True", "--guard.wait-for-workers-s", "0.1", "--placement.cpus-per-worker", "2"
     )

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from cluster.doctor import judgement, node
+from cluster.doctor import examination, judgement, node
 from cluster.doctor.judgement import Finding, Offer, Outcome
 from cluster.raylets import LocalCluster
+from orchestrator.world import World
 from tests.mlflow_server import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -159,6 +161,52 @@ def test_a_rendezvous_that_nobody_comes_to_is_left() -> None:
         node.all_reduce("127.0.0.1", free_port(), rank=0, size=2, use_gpu=False, timeout_s=1)
 
 
+class Together:
+    """Stands in for a process group, one rank of it at a time: ``total`` is its first sum, None: it fails."""
+
+    def __init__(self, total: torch.Tensor | None) -> None:
+        self.given: list[torch.Tensor] = []
+        self._total = total
+
+    def sum_(self, tensor: torch.Tensor) -> None:
+        self.given.append(tensor.clone())
+        if self._total is None:
+            raise RuntimeError("nobody is met")
+        if len(self.given) == 1:
+            tensor.copy_(self._total)
+
+    def barrier(self) -> None:
+        pass
+
+    leave = barrier
+
+
+def test_a_sum_of_ten_thousand_ranks_is_exact_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    size = 10_000
+
+    def reduce(rank: int, world: Together) -> float:
+        monkeypatch.setattr(World, "from_address", lambda *arguments: world)
+        return node.all_reduce("127.0.0.1", 1, rank, size, use_gpu=False, timeout_s=1, nbytes=4 * 251).deviation
+
+    def given_by(rank: int) -> torch.Tensor:
+        world = Together(None)
+        with pytest.raises(RuntimeError, match="nobody is met"):
+            reduce(rank, world)
+        return world.given[0]
+
+    monkeypatch.setattr("orchestrator.control.interface.choose_interface", lambda: None)
+    given = torch.stack([given_by(rank) for rank in range(size)])
+    assert given.dtype == torch.float32
+    assert not torch.equal(given[0], given[1])  # a rank that is counted twice does not go unnoticed
+    one_by_one = torch.zeros(251)
+    for each in given:
+        one_by_one += each
+    for total in (one_by_one, given.sum(0)):
+        assert reduce(7, Together(total)) == 0
+    one_by_one[250] += 1
+    assert reduce(7, Together(one_by_one)) == 1
+
+
 # -- what is judged ---------------------------------------------------------------------------------------------------
 
 VERSIONS = {"Python": "3.12.1", "Ray": "2.60.0", "torch": "2.13.0", "DALI": "2.4.0", "sources": "abc"}
@@ -219,6 +267,7 @@ def test_a_machine(fields: dict[str, Any], advice: str) -> None:
         ({"gloo_interface": "eth1"}, Outcome.FAILS, "none of lo, eth0, ib0"),
         ({"gloo_interface": "eth0"}, Outcome.WARNING, "is it meant"),
         ({"nccl_interface": "ib"}, Outcome.OK, ""),
+        ({"nccl_interface": "=ib0"}, Outcome.OK, ""),
         ({"nccl_interface": "=ib"}, Outcome.FAILS, "NCCL_SOCKET_IFNAME names none"),
         ({"nccl_interface": "^lo,eth"}, Outcome.OK, ""),
     ],
@@ -226,6 +275,7 @@ def test_a_machine(fields: dict[str, Any], advice: str) -> None:
 def test_a_network(fields: dict[str, Any], outcome: Outcome, advice: str) -> None:
     found = judgement.network(changed(**fields), OFFER)
     assert found.outcome is outcome
+    assert "=" not in found.measured
     assert advice in found.advice
 
 
@@ -258,6 +308,53 @@ def test_who_may_use_the_cluster() -> None:
     assert judgement.dashboard("10.0.0.1:8265", []).outcome is Outcome.WARNING
 
 
+@pytest.mark.parametrize(
+    ("gpus", "places", "use_gpu"),
+    [
+        ({"head": 0, "a": 8, "b": 8}, ["a", "b"], True),
+        ({"head": 0, "a": 2}, ["a", "a"], True),
+        ({"a": 1, "b": 1}, ["a", "b"], True),
+        ({"head": 0, "a": 1}, ["head", "a"], False),
+        ({"a": 1}, ["a", "a"], False),
+        ({"a": 0, "b": 0, "c": 0}, ["a", "b", "c"], False),
+        ({"a": 0}, ["a", "a"], False),
+    ],
+)
+def test_who_adds_up(gpus: dict[str, int], places: list[str], use_gpu: bool) -> None:
+    assert judgement.ranks(gpus) == (places, use_gpu)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "told"),
+    [
+        ((0, 8, 8), [(Outcome.OK, "NCCL, 2 nodes: ")]),
+        ((0, 1), [(Outcome.SKIPPED, "NCCL was not tested"), (Outcome.OK, "gloo, 2 nodes: ")]),
+        ((4,), [(Outcome.OK, "NCCL, 2 processes: ")]),
+    ],
+)
+def test_gpus_are_what_adds_up(gpus: tuple[int, ...], told: list[tuple[Outcome, str]], monkeypatch: Any) -> None:
+    """The examination of a cluster that is not there: its nodes answer in this process."""
+    asked: list[tuple[int, int]] = []  # rank, and its GPUs
+
+    def answers(self: Any, calls: Any, function: Any, gpus: Any = lambda _: 0) -> list[Any]:
+        if function is node.free_port:
+            return [1]
+        asked.extend((arguments[2], gpus(OFFER)) for _, arguments in calls)
+        return [node.Reduction(len(calls), 1e-4, 8_000_000, 0.01, 0.0)] * len(calls)
+
+    alive = [
+        {"Alive": True, "NodeID": f"id{i}", "NodeManagerAddress": f"10.0.0.{i}", "Resources": {"CPU": 8, "GPU": n}}
+        for i, n in enumerate(gpus)
+    ]
+    monkeypatch.setattr("ray.nodes", lambda: alive)
+    monkeypatch.setattr(examination._Examination, "_ask_each", answers)
+    examined = examination._Examination(examination.Request())
+    examined._facts = dict.fromkeys(examined._offers, FACTS)
+    found = list(examined._all_reduce())
+    assert [(f.outcome, f.measured[: len(text)]) for f, (_, text) in zip(found, told, strict=True)] == told
+    assert asked == [(rank, int("NCCL" in told[-1][1])) for rank in range(2)]
+
+
 def test_a_reduction() -> None:
     # 8 MB in 10 ms among 4: 800 MB/s of sums, three halves of it on each link
     right = node.Reduction(size=4, latency_s=1e-4, nbytes=8_000_000, time_s=0.01, deviation=0.0)
@@ -283,8 +380,42 @@ def test_storage_that_lets_two_have_a_name() -> None:
     assert [f.outcome for f in in_order] == [Outcome.OK] * 2
     both = judgement.storage({"a": winner, "b": winner}, {}, "/s")
     assert both[-1].outcome is Outcome.FAILS
+    assert both[-1].advice.startswith("two drivers could own one run")
+    nobody = judgement.storage({"a": other, "b": other}, {}, "/s")
+    assert (nobody[-1].outcome, nobody[-1].measured) == (Outcome.FAILS, "one name was created by 0 of 2 machines")
+    assert nobody[-1].advice.startswith("no driver could own a run")
     unknown = judgement.storage({"a": dataclasses.replace(winner, creates_exclusively=False)}, {}, "/s")
     assert [f.outcome for f in unknown] == [Outcome.WARNING]
+
+
+def test_a_machine_that_failed_is_not_taken_for_storage_that_fails() -> None:
+    winner, other = node.StorageProbe(True, True, 0.1), node.StorageProbe(False, True, 0.1)
+    # It created the name, and failed later; or may have created it, and did not answer.
+    assert [f.where for f in judgement.storage({"a": winner, "b": other}, {"b": []}, "/s", {"a"})] == ["b"]
+    assert [f.outcome for f in judgement.storage({"b": other}, {"b": []}, "/s", {"a"})] == [Outcome.OK]
+    two = judgement.storage({"a": winner, "b": winner, "c": other}, {"b": [], "c": []}, "/s", {"a"})
+    assert two[-1].measured == "one name was created by 2 of 3 machines"
+    assert judgement.storage({"a": winner, "b": winner}, {}, "/s", {"a", "b"}) == []  # of one folder or of two?
+
+
+def test_storage_whose_winner_cannot_read_is_one_fault(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An examination of two nodes that answer in this process; the driver is the first to write, and cannot read."""
+
+    def answers(self: Any, calls: Any, function: Any, gpus: Any) -> list[Any]:
+        return [function(*arguments) for _, arguments in calls]
+
+    def here(self: Any, function: Any, *arguments: Any) -> Any:
+        return examination.Trouble("away") if function is node.read_storage else function(*arguments)
+
+    alive = [{"Alive": True, "NodeID": i, "NodeManagerAddress": f"10.0.0.{i}", "Resources": {"CPU": 1}} for i in "12"]
+    monkeypatch.setattr("ray.nodes", lambda: alive)
+    monkeypatch.setattr(examination._Examination, "_ask_each", answers)
+    monkeypatch.setattr(examination._Examination, "_here", here)
+    examined = examination._Examination(examination.Request(storage=str(tmp_path)))
+    examined._facts = dict.fromkeys(examined._offers, FACTS)
+    found = list(examined._storage())
+    assert [f.measured for f in found if f.outcome is Outcome.FAILS] == ["away"]
+    assert [f.where for f in found if f.outcome is Outcome.OK] == ["10.0.0.1", "10.0.0.2"]
 
 
 def test_storage_that_is_another_folder_on_a_node() -> None:

@@ -40,7 +40,9 @@ def test_a_run_goes_on_with_whatever_machines_are_there(
         cluster.add(0)  # the driver's: it stays
         cluster.add(1)
         lost = cluster.add(1)
-        places = PlacementConfig(min_workers=1, num_workers=3, cpus_per_worker=1, ray_address=cluster.address)
+        places = PlacementConfig(
+            min_workers=1, num_workers=3, cpus_per_worker=1, use_gpu=False, ray_address=cluster.address
+        )
         run = DrivenRun(replace(config, placement=places), lambda: cluster.environment, tmp_path / "elastic.log")
         try:
             orders.pace(0.5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -13,6 +14,8 @@ import time
 import urllib.request
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -82,6 +85,41 @@ def test_a_run_at_work_is_scraped_and_the_dashboard_knows_nothing_else(prepared:
     assert len(names) > 15
     assert names <= known, names - known
     assert {n for n in found if n.startswith("resnet_") and not n.endswith("_created")} <= names
+
+
+ALARM = "time() - resnet_last_checkpoint_timestamp_seconds > 7200 and resnet_step < resnet_steps"
+
+
+def test_the_alarm_of_the_docs_watches_a_run_from_its_first_step_to_its_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert f"`{ALARM}`" in (ROOT / "docs" / "watching.md").read_text()
+    port, now_s = free_port(), 10_000.0
+    exporter = Exporter("r", "127.0.0.1", port)
+    monkeypatch.setattr("prometheus_client.metrics.time", SimpleNamespace(time=lambda: now_s))
+
+    def after(seconds: float, *events: dict[str, Any]) -> tuple[bool, float]:
+        """Whether the alarm is on, and at which step the run is."""
+        nonlocal now_s
+        now_s += seconds
+        for event in events:
+            exporter.put(event)
+        found = scraped(port)
+        s = {name: found.get(f"resnet_{name}", math.nan) for name in ("step", "steps")}
+        late = now_s - found.get("resnet_last_checkpoint_timestamp_seconds", math.nan) > 7200
+        return late and s["step"] < s["steps"], s["step"]
+
+    start, checkpoint = {"kind": "start", "steps": 100, "workers": 1}, {"kind": "checkpoint"}
+    try:
+        assert not after(0, {"kind": "placed", "attempt": 1})[0]
+        assert after(10, start | {"step": 0}) == (False, 0)
+        assert after(7200, {"kind": "progress", "step": 30}) == (True, 30)  # there was no checkpoint yet
+        assert after(10, start | {"step": 0}) == (True, 0)  # workers that start over are no checkpoint
+        assert after(10, {"kind": "progress", "step": 40}, checkpoint | {"step": 30}) == (False, 40)
+        assert after(7201) == (True, 40)
+        assert after(0, {"kind": "saving", "step": 60, "stall_s": 0.1}, checkpoint | {"step": 60}) == (False, 60)
+        assert after(0, {"kind": "finished", "steps": 60}, checkpoint | {"step": 60}) == (False, 60)  # a policy's end
+        assert after(9999, {"kind": "test", "step": 30}) == (False, 60)  # of the best checkpoint
+    finally:
+        exporter.close()
 
 
 def test_a_port_that_is_taken_is_told() -> None:

@@ -175,7 +175,7 @@ def test_a_run() -> None:
     growing = run_time(work("a", 256_000, 8192), 64, SITE)
     assert (growing.batch_size, growing.steps) == (2048, 125)
     assert work("a", 1, 8192).workers(4096) == 256
-    assert work("a", 1).workers(4096) == 256
+    assert work("a", 1).workers(4096) == 8
     assert work("a", 1, 8192).batch_size(1) == 256
 
 

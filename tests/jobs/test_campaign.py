@@ -295,6 +295,7 @@ def test_a_member_that_fails_for_good(clean: Path, prepared: Path, tmp_path: Pat
         (("--change", "schedule.max_steps=many"), "cannot be: config.schedule.max_steps: 'many' is no int"),
         (("--change", "r43:schedule.max_steps=3"), "there is no member 'r43': choose one of r18-a, r18-b, r34"),
         (("--change", "seed=3"), "--change 'seed=3': the campaign sets this for all members: give --seed itself"),
+        (("--placement.autoscaling", "True"), "a campaign asks no autoscaler for machines"),
         (("--placement.num-workers", "2"), "the workers of a campaign's members are set by workers_per_member"),
         (("--evaluation.splits", "val", "tset"), "tset"),
     ],
