@@ -37,11 +37,10 @@ from benchmarks.modes import BareStep, Mode, Way, step_of
 from benchmarks.numerics import check
 from jobs import command_line
 from jobs.imagenet import RECIPES
-from orchestrator.config import CropStyle, Precision, TrainConfig
+from orchestrator.config import CropStyle, Precision, StrideOn, TrainConfig
 from orchestrator.data.pipeline import Batch, TrainInput
 from orchestrator.data.sampling import SampleStream
 from orchestrator.data.shards import DataSet
-from orchestrator.models import StrideOn
 from orchestrator.storage import Storage
 from orchestrator.training.assembly import build_model, decode_settings, views_of
 from orchestrator.world import World
@@ -63,7 +62,7 @@ class Arguments:
     crop_style: CropStyle | None = None
     """None: the recipe's"""
     stride_on: StrideOn | None = None
-    """where a bottleneck strides; None: the recipe's (the paper's), conv2: v1.5, as torchvision's and timm's"""
+    """where a bottleneck strides; None: the recipe's (the paper's); conv3x3: v1.5, as torchvision's and timm's"""
     global_batch_size: int = 0
     """images in a step; 0: the recipe's"""
     bn_group_size: int = 0
