@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -60,8 +63,7 @@ class ClassificationStep:
         self._parallel, self._reduced = world.distribute(model, ready, in_bf16=reduce_in_bf16), reduced
         self._forward: Callable[[Tensor], Tensor] = self._parallel
         if compile_mode is not None:
-            # DDP is compiled with the model in it: then graphs end where a bucket of gradients is full.
-            self._forward = torch.compile(self._parallel, mode=compile_mode, dynamic=False)
+            self._forward = _compiled(self._parallel, compile_mode)
         self._meter = Meter(world.device)
         model.train()
         if world.size > 1:
@@ -145,6 +147,27 @@ class ClassificationStep:
             logits.float().sum().backward()
         self._parallel.zero_grad(set_to_none=False)
         self._statistics.discard()
+
+
+def _compiled(network: nn.Module, mode: str) -> Callable[[Tensor], Tensor]:
+    """Compiled with DDP around it: graphs then end where a bucket of gradients is full. Raises ValueError when called
+    where it cannot be compiled.
+    """
+    # torch unpickles what it finds in its cache, whose default place lies in a folder that all users write to.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache" / "torchinductor"))
+    forward = torch.compile(network, mode=mode, dynamic=False)
+
+    def call(images: Tensor) -> Tensor:
+        try:
+            return cast(Tensor, forward(images))
+        except torch._dynamo.exc.TorchDynamoException as error:
+            said = str(error).strip().partition("\n")[0]
+            raise ValueError(
+                f"numerics.compile: the network cannot be compiled here ({said}): a C++ compiler is needed (g++), on a "
+                "GPU Triton; or leave it off"
+            ) from error
+
+    return call
 
 
 def _group_seed(seed: int, step: int, group: int, first_image: int) -> int:

@@ -5,12 +5,26 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from orchestrator.config import Compile, Family, ModelConfig, NumericsConfig, Precision, TrainConfig
+from orchestrator.config import (
+    BatchConfig,
+    Compile,
+    Family,
+    ModelConfig,
+    NumericsConfig,
+    OptimizerConfig,
+    Precision,
+    TrainConfig,
+)
+from orchestrator.data.pipeline import Batch
 from orchestrator.training.assembly import compile_mode, draws, groups_at_once
+from orchestrator.training.step import ClassificationStep
+from orchestrator.world import World
 from tests.training.group import Group, check_equal, last_snapshot, run_to_end, small_config
+from tests.training.own_network import build
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -50,6 +64,25 @@ def test_a_compiled_run_that_is_killed_ends_with_the_same_bits(prepared: Path, t
     config = config_of(prepared, tmp_path, "killed", numerics, own=True)
     Group(config, 1).kill_when(lambda event: event["kind"] == "train" and event["step"] == 5)
     check_equal(run_to_end(config, 1), whole)
+
+
+def test_without_a_compiler_it_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    torch.compiler.reset()
+    step = ClassificationStep(
+        build(2, 8),
+        World(),
+        BatchConfig(4, 4),
+        OptimizerConfig(),
+        autocast=None,
+        crop_px=8,
+        seed=0,
+        compile_mode="default",
+    )
+    batch = Batch(torch.randn(4, 3, 8, 8), torch.zeros(4, dtype=torch.int64), np.arange(4), np.ones(4, bool))
+    with pytest.raises(ValueError, match="a C\\+\\+ compiler is needed"):
+        step(batch, 0, 0.1)
 
 
 def test_what_goes_together_is_decided_by_network_and_device() -> None:
