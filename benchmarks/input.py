@@ -1,11 +1,13 @@
 """Images a second of the input side alone, from JPEG bytes to batches of floats, against what others use.
 
-    python -m benchmarks.input --photos FOLDER [--view paper|area] [--size 500x375] [--cpus 2] [--quick]
+    python -m benchmarks.input --photos FOLDER [--view paper|area] [--size 500x375] [--cpus 2] [--store URL] [--cold]
+                               [--quick]
 
 All kinds see the same pictures, made of the photographs in FOLDER (any size) as JPEGs of one size and weight, and use
 the same processors, one after another in one run, several times:
 
-    ours       what a worker trains on: region decoded by DALI from shards, resized, mirrored, colour, mean
+    ours       what a worker trains on: region decoded by DALI from shards, resized, mirrored, colour, mean; from this
+               machine's memory, from its disk (--cold), or from an object store (--store s3://…, no node's cache)
     pil        torch's DataLoader of --cpus processes, the same view by Pillow: image resized, cropped
     pil_region the same, only the region resized
     dali       DALI's usual pipeline: files, a random area decoded, resized to the crop, mirrored, normalized
@@ -76,6 +78,10 @@ class Arguments:
     batch_size: int = 128
     repeats: int = 5
     kinds: tuple[str, ...] = ("ours", "pil", "pil_region", "dali", "dali_whole")
+    store: str = ""
+    """URL of a folder for our set, left there, as s3://bucket/folder; empty: a temporary folder, as of the peers"""
+    cold: bool = False
+    """the kernel forgets all pictures before each measurement: they come from the disk"""
     quick: bool = False
     """a minute: fewer images, one repetition"""
     record: str = ""
@@ -232,6 +238,8 @@ def measure(a: Arguments, data: DataSet, pictures: Path, cpus: int) -> dict[str,
     batches = max(1, a.images // a.batch_size)
     for _ in range(a.repeats):
         for kind, take in takes.items():
+            if a.cold:
+                _forget(pictures.parent.parent)
             for _ in range(_WARM_UP):  # what was made ready while others were measured
                 take()
             start = time.perf_counter()
@@ -242,8 +250,17 @@ def measure(a: Arguments, data: DataSet, pictures: Path, cpus: int) -> dict[str,
     return speeds
 
 
+def _forget(folder: Path) -> None:
+    """Drop all files below ``folder`` from the kernel's memory."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def main() -> int:
-    a = tyro.cli(Arguments, description=__doc__)
+    a = tyro.cli(Arguments, description=__doc__, config=(tyro.conf.EnumChoicesFromValues,))
     if a.quick:
         a = replace(a, images=min(a.images, 512), repeats=1)
     width, _, height = a.size.partition("x")
@@ -251,11 +268,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="benchmark-input-") as scratch:
         folder = Path(scratch)
         count, weight = make_pictures(a.photos, folder / "pictures", (int(width), int(height)), a.kilobytes)
-        code = image_folder.main([str(folder / "pictures"), "--out", str(folder / "set"), "--num-tasks", "0"])
+        url = a.store or str(folder / "set")
+        code = image_folder.main([str(folder / "pictures"), "--out", url, "--num-tasks", "0"])
         if code:
             return code
-        speeds = measure(a, DataSet(Storage(str(folder / "set"))), folder / "pictures" / "train", cpus)
+        speeds = measure(a, DataSet(Storage(url)), folder / "pictures" / "train", cpus)
     what = f"{count} pictures of {a.size} pixels, {weight:.0f} kB, view {a.view.value}, {cpus} CPUs"
+    what += f", from {a.store.partition(':')[0] if a.store else 'disk' if a.cold else 'memory'}"
     ratios = {
         kind: statistics.median(ours / other for ours, other in zip(speeds["ours"], values, strict=True))
         for kind, values in speeds.items()
