@@ -5,9 +5,10 @@
 The sets are made up, in the real format: an index of so many rows, 1000 images a shard. All shards of a set are one
 small tar of drawings under many entries of the manifest, so that nothing but the number of entries differs. Each start
 is a process of its own, with everything imported and the files in the machine's cache; sizes take turns. Seconds until:
-``opened``, the manifest read; ``split``, the training split at hand; ``views``, images and views of a batch in the
-middle of an epoch drawn; ``batch``, its pixels there. Own memory is what the process holds for itself, mapped what it
-has touched of files. The last line is machine-readable.
+``opened``, the manifest read; ``views``, images and views of a batch in the middle of an epoch drawn; ``batch``, its
+pixels there; ``checked``, the digest of the whole index compared: a thread reads it beside, and a training waits for it
+before its first step, when its network is built. Own memory is what the process holds for itself, mapped what it has
+touched of files. The last line is machine-readable.
 """
 
 from __future__ import annotations
@@ -64,9 +65,9 @@ class Start:
     """Of one start: seconds from its beginning, MB (10^6 bytes) beyond what the imports took."""
 
     opened_s: float
-    split_s: float
     views_s: float
     batch_s: float
+    checked_s: float
     views_own_mb: float
     views_mapped_mb: float
     batch_own_mb: float
@@ -157,8 +158,7 @@ def started(url: str, entries: int, batch_size: int) -> Start:
 
     data = DataSet(Storage(url))
     mark()
-    split = data.split("train")
-    mark()
+    split = data.split("train", check_beside=True)
     view, _, mean, axes = views_of(config, data)
     stream, positions = sample_stream(config, split), positions_of(first)
     images = stream.images(positions)
@@ -170,16 +170,18 @@ def started(url: str, entries: int, batch_size: int) -> Start:
     batch = next(batches)
     assert np.array_equal(batch.indices, images)
     mark()
-    opened_s, split_s, views_s, batch_s = (t - began_s for t in times[1:])
+    split.check()
+    mark()
+    opened_s, views_s, batch_s, checked_s = (t - began_s for t in times[1:])
     batches.close()
     return Start(
         opened_s,
-        split_s,
         views_s,
         batch_s,
-        views_own_mb=memory[3][0] - own_mb,
-        views_mapped_mb=memory[3][1] - mapped_mb,
-        batch_own_mb=memory[4][0] - own_mb,
+        checked_s,
+        views_own_mb=memory[2][0] - own_mb,
+        views_mapped_mb=memory[2][1] - mapped_mb,
+        batch_own_mb=memory[3][0] - own_mb,
     )
 
 
@@ -213,9 +215,9 @@ def main() -> int:
             (
                 f"{count:,}",
                 f"{one.opened_s:.3f}",
-                f"{one.split_s:.3f}",
                 f"{one.views_s:.3f} ({spread})",
                 f"{one.batch_s:.3f}",
+                f"{one.checked_s:.3f}",
                 f"{one.views_own_mb:.1f}",
                 f"{one.views_mapped_mb:.1f}",
                 f"{one.batch_own_mb:.1f}",
@@ -225,7 +227,7 @@ def main() -> int:
         figures[f"own_mb_{count:.0e}"] = one.views_own_mb
     fewest, most = medians[min(medians)], medians[max(medians)]
     figures |= {"ratio_views": most.views_s / fewest.views_s, "ratio_batch": most.batch_s / fewest.batch_s}
-    header = ["entries", "opened, s", "split, s", "views, s", "batch, s"]
+    header = ["entries", "opened, s", "views, s", "batch, s", "checked, s"]
     header += ["own memory at views, MB", "mapped, MB", "own memory at the batch, MB"]
     print(about())
     for row in (header, *rows):
