@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import tyro
@@ -47,6 +47,9 @@ from orchestrator.config import (
 from orchestrator.data.shards import DataSet
 from orchestrator.storage import Storage
 from orchestrator.training.notices import Event
+
+if TYPE_CHECKING:
+    from orchestrator.world import World
 
 NEVER = 10**9
 
@@ -87,9 +90,16 @@ class EnoughError(Exception):
     """Ends a run that has shown what was asked."""
 
 
-def train_here(config: TrainConfig, emit: Callable[[Event], None], seen: Callable[[int, np.ndarray], None]) -> None:
-    """One start of ``config`` with this process as its only worker, on one thread: two that wait for each other time
-    whatever else the machine does."""
+def train_here(
+    config: TrainConfig,
+    emit: Callable[[Event], None],
+    seen: Callable[[int, np.ndarray], None],
+    *,
+    world: World | None = None,
+    cpus: int = 1,
+) -> None:
+    """One start of ``config`` with this process as its only worker (``world``; None: on a CPU), on one thread: two that
+    wait for each other time whatever else the machine does."""
     from orchestrator.training.ownership import claim
     from orchestrator.training.run import fix_identity, run_storage
     from orchestrator.training.trainer import train
@@ -98,7 +108,7 @@ def train_here(config: TrainConfig, emit: Callable[[Event], None], seen: Callabl
     run = run_storage(config)
     fix_identity(run, config, DataSet(Storage(config.data)))
     with claim(run, lease_s=30, take_over=True, tell=lambda text: None) as owner:
-        train(config, World(0, 1), attempt=owner.number, cpus=1, emit=emit, seen=seen)
+        train(config, world or World(0, 1), attempt=owner.number, cpus=cpus, emit=emit, seen=seen)
 
 
 # -- checkpoints ------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What a launch on 1,000 nodes of 8 GPUs costs the driver: ``python -m benchmarks.thousand_nodes [--nodes N]``.
+"""What a launch on 1,000 nodes of 8 GPUs costs: ``python -m benchmarks.thousand_nodes [--nodes N] [--quick]``.
 
 No GPU and no node is there: the code that plans and watches is run for as many of them, and timed. Each line: seconds,
 peak of the memory that Python holds beside what it held before, and what was done. The last line is machine-readable.
@@ -6,23 +6,25 @@ peak of the memory that Python holds beside what it held before, and what was do
 
 from __future__ import annotations
 
-import argparse
 import json
 import pickle
+import sys
 import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import tyro
 
 from cluster.allocation import Node as AllocatedNode
 from cluster.allocation import RayOnNodes
 from cluster.launch import Job, Where
 from cluster.settings import SlurmSettings
 from cluster.slurm import Slurm
+from jobs import command_line
 from jobs.campaign import ilsvrc2015
 from orchestrator.campaign.plan import Plan, pack
 from orchestrator.config import BatchConfig, GuardConfig, TrainConfig
@@ -59,14 +61,20 @@ class Costs:
         print(f"{what:<10} {seconds:7.3f} s {peak_mb:7.1f} MB  {told}", flush=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nodes", type=int, default=1000)
-    parser.add_argument(
-        "--actor", action="store_true", help="also the signs of life that a real Ray actor takes a second"
-    )
-    typed = parser.parse_args()
-    nodes = typed.nodes
+@dataclass(frozen=True)
+class Arguments:
+    """What is measured."""
+
+    nodes: int = 1000
+    actor: bool = False
+    """also the signs of life that a real Ray actor takes a second"""
+    quick: bool = False
+    """20 nodes"""
+
+
+def main() -> int:
+    a = tyro.cli(Arguments, description=__doc__)
+    nodes = 20 if a.quick else a.nodes
     workers = nodes * GPUS
     config = replace(TrainConfig(), batch=BatchConfig(workers * GROUP, GROUP))
     costs = Costs()
@@ -76,9 +84,10 @@ def main() -> None:
     costs.of("watch", lambda: watch(nodes))
     costs.of("rendezvous", lambda: rendezvous(nodes))
     costs.of("script", lambda: script(nodes))
-    if typed.actor:
+    if a.actor:
         actor(workers)
     print(f"nodes={nodes} workers={workers} seconds={costs.seconds:.3f} peak_mb={costs.peak_mb:.1f}")
+    return 0
 
 
 def placement(config: TrainConfig, nodes: int) -> str:
@@ -171,4 +180,4 @@ def actor(workers: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command_line.exit_code(main))

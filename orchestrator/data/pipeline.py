@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Generic
 
 import numpy as np
@@ -86,9 +87,9 @@ class Feed(ABC, Generic[Seen, Pixels]):
     def __init__(self, split: Split, settings: DecodeSettings, batch_size: int, max_undecodable: int) -> None:
         self.split, self.settings, self.batch_size = split, settings, batch_size
         self._max_undecodable = max_undecodable
-        # Preparation has found these; what is found later counts towards the limit.
-        self._known = frozenset(np.flatnonzero(split.decodable == 0).tolist())
-        self._broken = self._known  # images that are no JPEG of their recorded size
+        # Images that are no JPEG of their recorded size. Those that preparation has found (``split.decodable``) are
+        # not among them: only what is found later counts towards the limit.
+        self._broken: frozenset[int] = frozenset()
         # (position, image): a file cut off in its pixels decodes in some regions and not in others, so a failure tells
         # of one view alone. Else what is shown would depend on what this process has seen before.
         self._failed: frozenset[tuple[int, int]] = frozenset()
@@ -128,10 +129,17 @@ class Feed(ABC, Generic[Seen, Pixels]):
     @property
     def undecodable(self) -> set[int]:
         """Images of which a view could not be decoded so far, those known from the preparation included."""
-        return set(self._broken) | {index for _, index in self._failed}
+        return self._known | self._found()
+
+    @cached_property
+    def _known(self) -> set[int]:
+        return set(np.flatnonzero(self.split.decodable == 0).tolist())
+
+    def _found(self) -> set[int]:
+        return {*self._broken, *(index for _, index in self._failed)}
 
     def _is_bad(self, position: int, index: int) -> bool:
-        return index in self._broken or (position, index) in self._failed
+        return not self.split.decodable[index] or index in self._broken or (position, index) in self._failed
 
     def _bad_places(self, job: Job[Seen]) -> list[bool]:
         return [self._is_bad(*pair) for pair in zip(job.positions.tolist(), job.indices.tolist(), strict=True)]
@@ -140,7 +148,7 @@ class Feed(ABC, Generic[Seen, Pixels]):
         """Remember what cannot be decoded. Raises ValueError past the limit."""
         # New sets: another thread may be reading the old ones.
         self._broken, self._failed = self._broken | set(broken), self._failed | set(failed)
-        check_undecodable(self.split, self.undecodable - self._known, self._max_undecodable)
+        check_undecodable(self.split, self._found(), self._max_undecodable)
 
     def _sizes(self, job: Job[Seen]) -> tuple[np.ndarray, np.ndarray]:
         width, height = self.split.width[job.indices].copy(), self.split.height[job.indices].copy()

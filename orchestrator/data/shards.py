@@ -29,6 +29,7 @@ from typing import IO, Any
 import numpy as np
 import pyarrow as pa
 
+from orchestrator.data.index_check import IndexCheck, file_sha256, in_order
 from orchestrator.storage import DigestError, Storage, sha256_hex
 
 FORMAT = "resnet-orchestrator-shards/1"
@@ -287,6 +288,11 @@ class Split:
     decodable: np.ndarray
     names: pa.Array
     _reader: _Reader = field(repr=False)
+    _index: IndexCheck = field(repr=False)
+
+    def check(self) -> None:
+        """Wait until the whole index is compared with digest and manifest. Raises ValueError where it is damaged."""
+        self._index.wait()
 
     def __len__(self) -> int:
         return self.info.count
@@ -417,33 +423,55 @@ class DataSet:
 
         return load(self.storage.read(self.manifest.statistics, self.manifest.statistics_sha256))
 
-    def split(self, name: str, staged: Callable[[str], IO[bytes] | None] | None = None) -> Split:
+    def split(
+        self, name: str, staged: Callable[[str], IO[bytes] | None] | None = None, *, check_beside: bool = False
+    ) -> Split:
         """The split ``name``. Raises ValueError where the data set has none, or its index is damaged.
 
         ``staged`` opens the copy of a remote shard on this machine, if there is one (``cache.ShardCache.open``).
+        ``check_beside``: the index is mapped, and read whole for its digest beside what the caller does, which must
+        call ``Split.check`` before anything comes of the rows. Else that is waited for here.
         """
         info = self._info(name)
-        local = self.storage.local_path(info.index)
+        path = self.storage.local_path(info.index)
+        unfit = f"{self.storage.url}/{info.index} does not fit its manifest: prepare the data set again"
+
+        def check_digest() -> None:
+            if path is not None and file_sha256(path) != info.index_sha256:
+                raise ValueError(f"{path} is damaged: its SHA-256 is not the recorded one: prepare the data set again")
+
         try:
-            if local is not None:
-                buffer = pa.memory_map(str(local)).read_buffer()
-                if sha256_hex(memoryview(buffer)) != info.index_sha256:
-                    raise DigestError(f"{local} is damaged: its SHA-256 is not the recorded one")
+            if path is not None:
+                buffer = pa.memory_map(str(path)).read_buffer()
+                if not check_beside:
+                    check_digest()  # first of all: what is damaged may be anything
             else:
                 buffer = pa.py_buffer(self.storage.read(info.index, info.index_sha256))
-            table = pa.ipc.open_file(buffer).read_all()
         except (FileNotFoundError, DigestError, pa.ArrowInvalid) as error:
             raise ValueError(f"{error}: prepare the data set again") from None
-        order = np.repeat(np.arange(len(info.shards)), [shard.count for shard in info.shards])
-        if (
-            table.num_rows != info.count
-            or table.schema != INDEX_SCHEMA
-            or not np.array_equal(table["shard"].to_numpy(), order)
-        ):
-            raise ValueError(f"{self.storage.url}/{info.index} does not fit its manifest: prepare the data set again")
+        try:
+            table = pa.ipc.open_file(buffer).read_all()
+            table.validate()
+        except (OSError, pa.ArrowException) as error:
+            check_digest()  # says more
+            raise ValueError(f"{error}: prepare the data set again") from None
+        if table.num_rows != info.count or table.schema != INDEX_SCHEMA:
+            check_digest()
+            raise ValueError(unfit)
         columns = {c: table[c].chunk(0) if info.count else pa.array([], table[c].type) for c in table.column_names}
         arrays = {c: a.to_numpy() for c, a in columns.items() if c != "name"}
-        return Split(name=name, info=info, names=columns["name"], _reader=_Reader(self.storage, staged), **arrays)
+
+        def check() -> None:
+            if check_beside:
+                check_digest()
+            if not in_order(arrays["shard"], [shard.count for shard in info.shards]):
+                raise ValueError(unfit)
+
+        reader, index = _Reader(self.storage, staged), IndexCheck(check)
+        split = Split(name=name, info=info, names=columns["name"], _reader=reader, _index=index, **arrays)
+        if not check_beside:
+            split.check()
+        return split
 
     def _info(self, name: str) -> SplitInfo:
         if name not in self.manifest.splits:

@@ -88,7 +88,9 @@ def train(
     data = DataSet(Storage(config.data))
     check_identity(run, config, data)  # this machine may see other data under the same path
     cache = shard_cache(config, data)
-    train_split, val_split = (data.split(name, cache.open if cache else None) for name in ("train", "val"))
+    train_split, val_split = (
+        data.split(name, cache.open if cache else None, check_beside=True) for name in ("train", "val")
+    )
     view, test_view, mean, axes = views_of(config, data)
     stream = sample_stream(config, train_split)
     decode = decode_settings(config, world.device, num_threads=max(1, cpus))
@@ -154,6 +156,8 @@ def train(
         return new
 
     # -- the loop ---------------------------------------------------------------------------------------------------
+    for split in (train_split, val_split):
+        split.check()
     limit = config.input.max_undecodable
     ahead = cache.follow(train_split, stream.upcoming_shards) if cache else lambda position: None
     batches = TrainInput(

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from orchestrator.data.index_check import in_order
 from orchestrator.data.shards import (
     UNLABELLED,
     ClassInfo,
@@ -188,17 +189,42 @@ def _no_shard(folder: Path) -> None:
         (_no_shard, "missing"),
     ],
 )
-def test_damage_is_a_value_error(tmp_path: Path, damage, message: str) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("beside", [False, True])
+def test_damage_is_a_value_error(tmp_path: Path, damage, message: str, beside: bool) -> None:  # type: ignore[no-untyped-def]
     write_data_set(tmp_path)
     damage(tmp_path)
 
     def use() -> None:
         data_set = DataSet(Storage(str(tmp_path)))
-        data_set.split("train")
+        data_set.split("train", check_beside=beside).check()
         data_set.check_shards("train")
 
     with pytest.raises(ValueError, match=message):
         use()
+
+
+def test_every_bit_of_an_index_is_checked_beside_or_not(tmp_path: Path) -> None:
+    write_data_set(tmp_path)
+    sound = (tmp_path / "train.arrow").read_bytes()
+    for place in range(0, len(sound), 7):
+        (tmp_path / "train.arrow").unlink()  # what is mapped stays as it is
+        (tmp_path / "train.arrow").write_bytes(sound[:place] + bytes([sound[place] ^ 1]) + sound[place + 1 :])
+        for beside in (False, True):
+            with pytest.raises(ValueError, match="prepare the data set again"):
+                DataSet(Storage(str(tmp_path))).split("train", check_beside=beside).check()
+
+
+def test_the_order_of_shards_is_checked() -> None:
+    counts = [3, 0, 1000, 1] * 50
+    shard = np.repeat(np.arange(200, dtype=np.int32), counts)
+    assert in_order(shard, counts)
+    assert in_order(shard[:0], [])
+    assert not in_order(shard[:-1], counts)
+    assert not in_order(shard, counts[:-1])
+    for place in (0, 2, 3, 1500, len(shard) - 1):
+        changed = shard.copy()
+        changed[place] += 1
+        assert not in_order(changed, counts)
 
 
 def test_a_shard_truncated_underneath_is_an_os_error(tmp_path: Path) -> None:
