@@ -234,7 +234,13 @@ def main() -> int:
     for cell in cells:
         print(f"{cell[0]:>14}  {cell[1]:<16} {cell[2]:<6} {cell[3]} images/s  {cell[4] and cell[4] + ' GiB'}")
     if a.record:
-        header = ("recipe", "mode", "kind", "images/s, median (all)", "peak GPU memory, GiB")
+        header = (
+            "recipe",
+            "mode",
+            "kind",
+            "images/s, median (all)",
+            "peak GPU memory, GiB (all kinds of a mode are there)",
+        )
         note = f"{a.repeats} repetitions of {a.steps} steps; losses compared over {a.check_steps} steps first."
         record(Path(a.record), f"Training step: {what}", header, cells, note)
     figures = {f"{row.recipe}_{row.mode.name.replace(', ', '_')}_{row.kind}": row.median for row in rows}

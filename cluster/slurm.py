@@ -419,7 +419,8 @@ class Start:
             driver.kill()
         if self._ray is not None:
             self._ray.end()
-        if code is not None and code not in (*STOPPED, -signal.SIGTERM):
+        is_lost = self._ray is not None and self._ray.is_lost
+        if code is not None and code not in (*STOPPED, -signal.SIGTERM) and not (code and is_lost):
             self._write_end(code if code >= 0 else 128 - code, "")  # it has ended by itself
         elif self._is_stopped():
             self._write_end(STOPPED[-1], "")
@@ -427,6 +428,8 @@ class Start:
             said = f"{_MOST_CUT_STARTS} starts were over before their nodes were a cluster: a longer --slurm.time-min"
             self._print(f"error: {said}")
             self._write_end(1, said)
+        elif is_lost and self._starts_marked(_LOST) >= _MOST_LOST_STARTS:
+            self._write_end(1, f"{_MOST_LOST_STARTS} starts of this job have lost nodes: it is not queued again")
         elif hindered := self._queue_again(until_s):
             self._write_end(1, f"it could not be queued again ({hindered}): the same command goes on")
         sys.exit(code or 1)

@@ -121,6 +121,7 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 class _NormalizedByGroup(torch.autograd.Function):
     """Each `group_size` of images [N, C, H, W] normalized by itself, with the kernels that normalize one group alone.
+    (On a GPU in float32 cuDNN may normalize one group alone.)
 
     Returns them, and each group's mean and unbiased variance, [G, C] float32.
     """
@@ -240,13 +241,18 @@ class RunningStatistics:
         It also zeroes the layers' group buffers: a NaN in them would outlive the next forward (see BatchNorm2d)."""
         if not self._layers:
             return
-        if self._layers[0].graph_statistics is not None:
-            left = [layer.graph_statistics for layer in self._layers]
-            self._sum.add_(torch.cat([each.reshape(-1) for each in left if each is not None]))
-            for layer in self._layers:
-                layer.graph_statistics = None
-        else:
+        left = [layer.graph_statistics for layer in self._layers]
+        compiled = [each.reshape(-1) for each in left if each is not None]
+        if len(compiled) == len(left):
+            self._sum.add_(torch.cat(compiled))
+        else:  # of a user's own network some layers may not be compiled
+            for layer, found in zip(self._layers, left, strict=True):
+                if found is not None:
+                    layer.group_mean.data.copy_(found[0])
+                    layer.group_var.data.copy_(found[1])
             self._sum.add_(self._group)
+        for layer in self._layers:
+            layer.graph_statistics = None
         self._group.zero_()
 
     def reduce(self, sum_: Callable[[Tensor], object]) -> None:

@@ -143,6 +143,7 @@ def set_arithmetic(device: torch.device, *, num_threads: int, deterministic: boo
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with a fixed workspace
         torch.use_deterministic_algorithms(True)
+        os.environ["TORCHINDUCTOR_DETERMINISTIC"] = "1"  # read when the compiler is imported, with the first optimizer
     # TF32 is no float32: convolutions use it unless told not to, products where they are told to.
     torch.backends.cudnn.allow_tf32 = precision is not Precision.FP32
     torch.set_float32_matmul_precision("high" if precision is Precision.TF32 else "highest")

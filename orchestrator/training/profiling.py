@@ -39,14 +39,13 @@ class Profiler:
         self._run, self._rank, self._tell, self._pulse = run, world.rank, tell, pulse
         self._attempt = world.from_first(attempt) if steps else 0
         self._from, self._until = first + _STEPS_BEFORE, first + _STEPS_BEFORE + steps
-        self._steps, self._seen = steps, 0
+        self._steps = steps
         self._profile: Any = None
 
     def at(self, step: int) -> bool:
         """Step ``step`` is about to begin. Whether this took time of its own."""
         if not self._steps:
             return False
-        self._seen += self._profile is not None
         if step == self._from:
             on_gpu = [torch.profiler.ProfilerActivity.CUDA] if torch.cuda.is_available() else []
             try:
@@ -78,7 +77,9 @@ class Profiler:
                 self._not_kept(error)
                 return
         if not self._rank:
-            self._tell(f"profile of {self._seen} steps: {self._run.url}/{name} (open it at https://ui.perfetto.dev)")
+            self._tell(
+                f"profile of up to {self._steps} steps: {self._run.url}/{name} (open it at https://ui.perfetto.dev)"
+            )
 
     def _not_kept(self, error: Exception) -> None:
         self._tell(f"the profile of rank {self._rank} is not kept: {error}")

@@ -63,6 +63,11 @@ class ClassificationStep:
         self._parallel, self._reduced = world.distribute(model, ready, in_bf16=reduce_in_bf16), reduced
         self._forward: Callable[[Tensor], Tensor] = self._parallel
         if compile_mode is not None:
+            for p in model.parameters():
+                if (
+                    p.requires_grad
+                ):  # of our own: the first backward would leave a CUDA graph's memory here, for one step
+                    p.grad = torch.zeros_like(p)
             self._forward = _compiled(self._parallel, compile_mode)
         self._meter = Meter(world.device)
         model.train()
@@ -140,7 +145,8 @@ class ClassificationStep:
         unbroken run.
         """
         count = self._at_once * self.share.images_per_group
-        images = torch.zeros(count, 3, crop_px, crop_px, device=self._world.device)
+        dtype = torch.float32 if self._autocast is None else torch.float16  # as batches come: nothing is compiled twice
+        images = torch.zeros(count, 3, crop_px, crop_px, device=self._world.device, dtype=dtype)
         for _ in range(2):
             with torch.autocast(images.device.type, self._autocast, enabled=self._autocast is not None):
                 logits = self._forward(images.contiguous(memory_format=torch.channels_last))

@@ -246,6 +246,7 @@ def train(
             tell({"kind": "saving", "step": step, "stall_s": stall.seconds})
         times.between()
         if wish is Wish.LEAVE and not (last or policy.stop):
+            profiler.close()
             checkpoints.close()
             world.barrier()
             raise PreemptedError(

@@ -379,3 +379,19 @@ def test_a_compiled_network_normalizes_by_group() -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
     for (name, a), b in zip(compiled.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-3 * float(b.grad.abs().max()), msg=name)
+
+
+def test_a_network_of_which_only_some_layers_are_compiled() -> None:
+    torch.manual_seed(0)
+    stem = torch.compiler.disable(nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), BatchNorm2d(4)))
+    model = nn.Sequential(stem, nn.Conv2d(4, 4, 3, bias=False), BatchNorm2d(4))
+    plain = copy.deepcopy(model)
+    statistics, forwards = [RunningStatistics(each) for each in (model, plain)], (torch.compile(model), plain)
+    images = torch.randn(4, 3, 8, 8)
+    for _ in range(3):
+        for forward, each in zip(forwards, statistics, strict=True):
+            forward(images)
+            each.accumulate()
+            each.advance(num_groups=1)
+    for (name, a), b in zip(model.state_dict().items(), plain.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
