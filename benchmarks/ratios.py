@@ -90,8 +90,7 @@ def of_input(folder: Path) -> dict[str, float]:
         picture = demo.render(kinds[number % 8], np.random.default_rng([number, 4]), 375, 500)
         Image.fromarray(picture).save(folder / "drawings" / f"{number}.png")
     input_side.make_pictures(folder / "drawings", folder / "pictures", (500, 375), 60)
-    if image_folder.main([str(folder / "pictures"), "--out", str(folder / "photo_set"), "--num-tasks", "0"]):
-        raise ValueError("the drawings cannot be prepared")
+    image_folder.prepare(image_folder.Arguments(str(folder / "pictures"), str(folder / "photo_set"), num_tasks=0))
     a = input_side.Arguments(folder, images=192, batch_size=32, repeats=3, kinds=("ours", "pil", "dali"))
     speeds = input_side.measure(a, DataSet(Storage(str(folder / "photo_set"))), folder / "pictures" / "train", cpus)
 
@@ -132,7 +131,7 @@ def of_sampling(folder: Path) -> dict[str, float]:
 
 
 def of_start(folder: Path) -> dict[str, float]:
-    found = start.measure(folder, (10**4, 10**6), 64, 3)
+    found = start.measure(folder, (10**4, 10**6), 64, 2)
     few, many = (start.medians_of(starts).batch_s for starts in found.values())
     return {"start_batch": many / few}
 
