@@ -6,7 +6,7 @@ DEMO := build/demo
 export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: demo test test-faults test-cluster lint types setup golden outage clean
+.PHONY: demo test test-faults test-cluster lint types setup golden outage benchmark-quick clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/installed
@@ -58,6 +58,10 @@ types: setup
 outage: setup
 	@echo "== an S3 server that fails one request in twenty, and is away for a minute (a small form is in 'make test')"
 	OUTAGE_S=60 $(PYTHON) -m pytest tests/test_remote.py tests/jobs/test_s3.py --timeout 900 --session-timeout 7200
+
+benchmark-quick: setup
+	@echo "== a few ratios beside the committed ones (a minute; what is much worse is told, nothing fails of it)"
+	$(PYTHON) -m benchmarks.ratios
 
 golden: setup
 	@echo "== golden losses of this tree against the parent commit"

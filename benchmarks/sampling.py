@@ -53,7 +53,8 @@ def _peak_mb(work: Callable[[], object]) -> float:
         tracemalloc.stop()
 
 
-def _seconds(work: Callable[[], object]) -> float:
+def seconds_of(work: Callable[[], object]) -> float:
+    """By the clock."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
@@ -118,7 +119,7 @@ def main() -> int:
             if who != "ours" and images > a.most_of_torch:
                 continue
             works = kinds(images, a)
-            seconds = {name: statistics.median(_seconds(w) for _ in range(a.repeats)) for name, w in works.items()}
+            seconds = {name: statistics.median(seconds_of(w) for _ in range(a.repeats)) for name, w in works.items()}
             megabytes = _peak_mb(works["start"])
             batch_us = seconds["batch"] / a.batches * 1e6
             draws = f"{seconds['draws'] / a.batches * 1e6:.0f}" if "draws" in seconds else ""
