@@ -17,6 +17,7 @@ Without --data drawings of 375 to 500 pixels are used. The last line is machine-
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import tempfile
@@ -27,7 +28,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import tyro
-from scipy import stats
+from scipy.special import stdtrit
 
 from benchmarks.machine import about, line_of, record
 from benchmarks.recovery import NEVER, in_own_process, small, train_here
@@ -189,9 +190,12 @@ def growth_of(samples: np.ndarray, journal_bytes_per_step: float) -> Growth:
     """``samples`` [n, 2]: step, MB."""
     late = samples[len(samples) // 3 :]
     stretches = np.array([part.mean(0) for part in np.array_split(late, min(STRETCHES, len(late)))])
-    fit = stats.linregress(stretches[:, 0], stretches[:, 1])
-    half = stats.t.ppf(0.975, len(stretches) - 2) * fit.stderr
-    kb, low_kb, high_kb = (1e6 * slope for slope in (fit.slope, fit.slope - half, fit.slope + half))  # of MB a step
+    steps, megabytes = (stretches - stretches.mean(0)).T
+    slope = float(steps @ megabytes / (steps @ steps))
+    freedom = len(stretches) - 2
+    error = math.sqrt(float(np.square(megabytes - slope * steps).sum()) / freedom / float(steps @ steps))
+    half = float(stdtrit(freedom, 0.975)) * error
+    kb, low_kb, high_kb = (1e6 * each for each in (slope, slope - half, slope + half))  # of MB a step
     return Growth(kb, low_kb, high_kb, journal_bytes_per_step, float(late[-1, 1]), int(late[-1, 0] - late[0, 0]))
 
 

@@ -7,20 +7,38 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from benchmarks import ratios
+from benchmarks import memory, preparation, ratios
 from tests.conftest import run_module
 
 
+def last_line(output: str) -> dict[str, float]:
+    pairs = [word.partition("=") for word in output.splitlines()[-1].split()]
+    return {name: float(value) for name, _, value in pairs}
+
+
 def figures_of(module: str, *arguments: str) -> dict[str, float]:
-    """The last line of the benchmark's output."""
     done = run_module(f"benchmarks.{module}", *arguments)
     assert done.returncode == 0, done.stderr
-    pairs = [word.partition("=") for word in done.stdout.splitlines()[-1].split()]
-    return {name: float(value) for name, _, value in pairs}
+    return last_line(done.stdout)
+
+
+@pytest.fixture
+def figures_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., dict[str, float]]:
+    """The same in this process, which has imported torch already."""
+
+    def call(main: Callable[[], int], *arguments: str) -> dict[str, float]:
+        monkeypatch.setattr(sys, "argv", ["benchmark", *arguments])
+        assert main() == 0
+        return last_line(capsys.readouterr().out)
+
+    return call
 
 
 def test_overhead(prepared: Path, tmp_path: Path) -> None:
@@ -38,8 +56,8 @@ def test_start(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_preparation(tmp_path: Path) -> None:
-    found = figures_of("preparation", "--quick", "--scratch", str(tmp_path))
+def test_preparation(tmp_path: Path, figures_here: Callable[..., dict[str, float]]) -> None:
+    found = figures_here(preparation.main, "--quick", "--scratch", str(tmp_path))
     for kind in ("ilsvrc", "folder"):
         assert found[f"{kind}_images_per_s_2"] > 0
         assert 50 < found[f"{kind}_peak_mib"] < 1000
@@ -47,13 +65,22 @@ def test_preparation(tmp_path: Path) -> None:
 
 
 def test_memory(prepared: Path) -> None:
-    found = figures_of("memory", "--what", "loop", "--loop-steps", "80", "--data", str(prepared))
+    found = figures_of("memory", "--what", "loop", "--loop-steps", "40", "--data", str(prepared))
     assert found["growth_low_kb"] <= found["growth_kb"] <= found["growth_high_kb"]
     assert found["journal_kb"] > 0
 
 
-def test_ratios() -> None:
-    found = figures_of("ratios", "--only", "sampling")
+def test_growth_is_found_with_its_interval() -> None:
+    steps = np.arange(0, 3000, 10)
+    noise = np.random.default_rng(0).normal(0, 1, len(steps))
+    for kb in (0.0, 2000.0):
+        found = memory.growth_of(np.stack([steps, 300 + kb / 1e6 * steps + noise], 1), 0.0)
+        assert found.low_kb < kb < found.high_kb
+        assert found.high_kb - found.low_kb < 1500
+
+
+def test_ratios(figures_here: Callable[..., dict[str, float]]) -> None:
+    found = figures_here(ratios.main, "--only", "sampling")
     assert found.keys() == {"sampling_batch", "sampling_start"}
 
 
