@@ -434,11 +434,14 @@ class DataSet:
         """
         info = self._info(name)
         path = self.storage.local_path(info.index)
-        unfit = f"{self.storage.url}/{info.index} does not fit its manifest: prepare the data set again"
+        what = f"{self.storage.url}/{info.index}"
 
         def check_digest() -> None:
-            if path is not None and file_sha256(path) != info.index_sha256:
-                raise ValueError(f"{path} is damaged: its SHA-256 is not the recorded one: prepare the data set again")
+            try:
+                if path is not None and file_sha256(path) != info.index_sha256:
+                    raise DigestError(f"{path} is damaged: its SHA-256 is not the recorded one")
+            except DigestError as error:
+                raise ValueError(f"{error}: prepare the data set again") from None
 
         try:
             if path is not None:
@@ -457,7 +460,7 @@ class DataSet:
             raise ValueError(f"{error}: prepare the data set again") from None
         if table.num_rows != info.count or table.schema != INDEX_SCHEMA:
             check_digest()
-            raise ValueError(unfit)
+            raise ValueError(f"{what} does not fit its manifest: prepare the data set again")
         columns = {c: table[c].chunk(0) if info.count else pa.array([], table[c].type) for c in table.column_names}
         arrays = {c: a.to_numpy() for c, a in columns.items() if c != "name"}
 
@@ -465,7 +468,7 @@ class DataSet:
             if check_beside:
                 check_digest()
             if not in_order(arrays["shard"], [shard.count for shard in info.shards]):
-                raise ValueError(unfit)
+                raise ValueError(f"{what} does not fit its manifest: prepare the data set again")
 
         reader, index = _Reader(self.storage, staged), IndexCheck(check)
         split = Split(name=name, info=info, names=columns["name"], _reader=reader, _index=index, **arrays)
