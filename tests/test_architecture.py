@@ -52,7 +52,7 @@ DOORS = {
         "cluster",
         "data_prep.fan_out",
     ),
-    "submitit": ("cluster.slurm",),
+    "submitit": ("cluster.slurm", "cluster.slurm_start"),
     "prometheus_client": ("orchestrator.control.metrics",),
     "tyro": ("jobs", "data_prep", "cluster.command_line", "cluster.doctor"),
     "pickle": (),

@@ -15,7 +15,7 @@ import submitit
 from cluster.allocation import Node, RayOnNodes
 from cluster.launch import Job, Where
 from cluster.settings import SlurmSettings
-from cluster.slurm import Start
+from cluster.slurm_start import Start
 from tests.cluster.slurm_cluster import wait_for
 
 _JOB = """
