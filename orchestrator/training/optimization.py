@@ -194,9 +194,10 @@ class SGD:
         elif unless is None or not bool(unless):
             self._optimizer.step()
 
-    def zero_grad(self) -> None:
-        """Gradients to zero, in place where DDP's buckets hold them."""
-        self._optimizer.zero_grad(set_to_none=False)
+    def forget_gradients(self, *, in_place: bool) -> None:
+        """``in_place``: zeros, where somebody holds their memory (DDP's buckets); else none: a backward then writes
+        them, instead of adding to them."""
+        self._optimizer.zero_grad(set_to_none=not in_place)
 
     def momentum(self) -> dict[str, torch.Tensor]:
         """Momentum by parameter name; {} before the first step."""

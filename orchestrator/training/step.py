@@ -58,6 +58,8 @@ class ClassificationStep:
         self._statistics = RunningStatistics(model)
         self._at_once = min(groups_at_once or self.share.num_groups, self.share.num_groups)
         self._draws = draws
+        # DDP's buckets hold them; a CUDA graph's own memory must not be what is left here (below).
+        self._keeps_gradients = world.size > 1 or compile_mode is not None
         if self.share.sharers == 1:
             group_images(model, batch.bn_group_size)
         self._parallel, self._reduced = world.distribute(model, ready, in_bf16=reduce_in_bf16), reduced
@@ -110,7 +112,7 @@ class ClassificationStep:
         self.optimizer.step(lr, unless=bad)
         if self._world.is_first:
             self._meter.add_skipped(bad)
-        self.optimizer.zero_grad()
+        self.optimizer.forget_gradients(in_place=self._keeps_gradients)
 
     def take_totals(self) -> Totals:
         """Sums over all workers since the last call. Collective; waits for the device."""
