@@ -111,7 +111,7 @@ class Bare:
                     logits = self._model(images)
                 (cross_entropy(logits, labels).sum() / self._batch).backward()
             self._optimizer.step(self._lr)
-            self._optimizer.zero_grad()
+            self._optimizer.forget_gradients(in_place=False)
 
     def close(self) -> None:
         self._batches.close()
