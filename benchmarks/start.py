@@ -35,7 +35,8 @@ from data_prep import demo
 from data_prep.statistics import PixelSums, centre_view, statistics_bytes
 from jobs import command_line
 from jobs.imagenet import resnet18_64px
-from orchestrator.data.shards import ClassInfo, DataSet, Manifest, ShardInfo, ShardWriter, SplitInfo, write_index
+from orchestrator.data.shard_writer import ShardWriter, write_index
+from orchestrator.data.shards import ClassInfo, DataSet, Manifest, ShardInfo, SplitInfo
 from orchestrator.storage import Storage, sha256_hex
 
 IMAGES_PER_SHARD = 1000

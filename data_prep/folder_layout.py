@@ -18,7 +18,8 @@ from pathlib import PurePosixPath
 from data_prep.images import MAX_IMAGE_BYTES
 from data_prep.preparation import answered
 from data_prep.sources import File
-from orchestrator.data.shards import PASSED_OVER, UNLABELLED, ClassInfo, OddImage, path_key
+from orchestrator.data.shard_writer import path_key
+from orchestrator.data.shards import PASSED_OVER, UNLABELLED, ClassInfo, OddImage
 from orchestrator.storage import FileStat, Storage, sha256_hex
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff")

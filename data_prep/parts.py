@@ -32,6 +32,7 @@ from data_prep.overview import images_twice
 from data_prep.progress import MAX_LISTED, printable
 from data_prep.sources import ImageSource
 from data_prep.statistics import PixelSums, centre_view, statistics_bytes
+from orchestrator.data.shard_writer import ShardWriter, write_index
 from orchestrator.data.shards import (
     INDEX_SCHEMA,
     RESIZED,
@@ -41,10 +42,8 @@ from orchestrator.data.shards import (
     Manifest,
     OddImage,
     ShardInfo,
-    ShardWriter,
     Source,
     SplitInfo,
-    write_index,
 )
 from orchestrator.storage import Storage, sha256_hex
 

@@ -13,7 +13,8 @@ import numpy as np
 
 from data_prep.images import MAX_IMAGE_BYTES, is_ready
 from data_prep.progress import printable
-from orchestrator.data.shards import UNLABELLED, ShardInfo, key_of, path_key
+from orchestrator.data.shard_writer import key_of, path_key
+from orchestrator.data.shards import UNLABELLED, ShardInfo
 from orchestrator.storage import Storage
 
 _READ_BYTES = 4 << 20  # at a time; a multiple of tarfile.RECORDSIZE

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 from data_prep.archives import Member, walk
 from data_prep.images import MAX_IMAGE_BYTES
-from orchestrator.data.shards import key_of
+from orchestrator.data.shard_writer import key_of
 from orchestrator.storage import Storage
 
 

@@ -4,7 +4,8 @@ A data set is a folder in storage::
 
     manifest.json             published last: a folder without it is unfinished
     manifest.sha256           its SHA-256, as `sha256sum -c` reads it
-    train/<shard>.tar …       WebDataset-compatible: <key>.jpg and, where labelled, <key>.cls (the label in digits)
+    train/<shard>.tar …       WebDataset-compatible: <key>.jpg and, where labelled, <key>.cls (the label in digits), or
+                              <shard>.safetensors (``PLANES``): one tensor, images [n, 3, height, width] uint8
     train.arrow …             one row an image (``INDEX_SCHEMA``), so that any image is one ranged read away
     statistics.safetensors    mean_image [3, S, S] float32, channel_mean [3] float64, covariance, eigenvalues,
                               eigenvectors of RGB in 0–255 over the training set
@@ -14,16 +15,13 @@ The SHA-256 of ``manifest.json`` names the data set, since the manifest holds th
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import os
-import tarfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from enum import Enum
 from pathlib import PurePosixPath
-from types import TracebackType
 from typing import IO, Any
 
 import numpy as np
@@ -51,6 +49,13 @@ INDEX_SCHEMA = pa.schema(
 )
 
 
+class Encoding(Enum):
+    """What an image's bytes are: a JPEG, or planes of R, G and B, [3, height, width] uint8, of one size in a set."""
+
+    JPEG = "jpeg"
+    PLANES = "planes"
+
+
 @dataclass(frozen=True)
 class ClassInfo:
     """One class. ``label`` is 0-based in the order of the sorted wnids; ``ilsvrc_id`` is the devkit's, 1-based."""
@@ -63,7 +68,7 @@ class ClassInfo:
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """One tar file: name inside the data set, size in bytes, number of images, SHA-256 of the whole file."""
+    """One shard: name inside the data set, size in bytes, number of images, SHA-256 of the whole file."""
 
     name: str
     nbytes: int
@@ -120,6 +125,7 @@ class Manifest:
     options: Mapping[str, Any] = field(default_factory=dict)
     # Of image folders: split → kind → how many. Of the undecodable ``odd`` lists all, of others the first of each kind.
     counted: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    encoding: Encoding = Encoding.JPEG
     format: str = FORMAT
 
     def odd_counts(self) -> dict[tuple[str, str], int]:
@@ -134,6 +140,9 @@ class Manifest:
         for key in ("options", "counted"):  # left out where empty: digests are older than these fields
             if not raw[key]:
                 del raw[key]
+        del raw["encoding"]
+        if self.encoding is not Encoding.JPEG:
+            raw["encoding"] = self.encoding.value
         return (json.dumps(raw, indent=1, sort_keys=True) + "\n").encode()
 
     @staticmethod
@@ -145,6 +154,12 @@ class Manifest:
                 raise ValueError(
                     f"manifest.json has the format {raw['format']!r}, this program reads {FORMAT!r}: prepare the data "
                     "set again"
+                )
+            encoding = raw.get("encoding", "jpeg")
+            if encoding not in {known.value for known in Encoding}:
+                raise ValueError(
+                    f"manifest.json names the encoding {encoding!r}, which this program cannot read: use the version "
+                    "that prepared the data set, or prepare it again"
                 )
             manifest = Manifest(
                 name=raw["name"],
@@ -160,6 +175,7 @@ class Manifest:
                 sources=tuple(Source(**s) for s in raw["sources"]),
                 options=raw.get("options", {}),
                 counted=raw.get("counted", {}),
+                encoding=Encoding(encoding),
             )
             numbers = [split.count for split in manifest.splits.values()]
             for split in manifest.splits.values():
@@ -169,105 +185,6 @@ class Manifest:
             return manifest
         except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ValueError(f"manifest.json cannot be read ({error!r}): prepare the data set again") from None
-
-
-# -- writing ----------------------------------------------------------------------------------------------------
-
-
-class _Digesting:
-    """A write-only stream that counts and digests what passes."""
-
-    def __init__(self, stream: IO[bytes]) -> None:
-        self._stream = stream
-        self._sha256 = hashlib.sha256()
-        self.nbytes = 0
-
-    def write(self, data: bytes) -> int:
-        self._sha256.update(data)
-        self.nbytes += len(data)
-        return self._stream.write(data)
-
-    def hexdigest(self) -> str:
-        return self._sha256.hexdigest()
-
-
-class ShardWriter:
-    """Streams images into one tar file, published whole when the block ends::
-
-        with ShardWriter(storage, "train/n01440764-000.tar") as shard:
-            offset = shard.add("n01440764_10026", jpeg, label=0)
-        info = shard.info
-
-    The same images in the same order give the same bytes (times, owners and modes are fixed).
-    """
-
-    def __init__(self, storage: Storage, name: str) -> None:
-        self._storage, self.name = storage, name
-        self.info: ShardInfo
-        self.count = 0
-        self._keys: set[str] = set()
-
-    def __enter__(self) -> ShardWriter:
-        self._context = self._storage.publishing(self.name)
-        self._stream = _Digesting(self._context.__enter__())
-        return self
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes written so far."""
-        return self._stream.nbytes
-
-    def add(self, key: str, image: bytes, label: int) -> int:
-        """Append one image; returns the offset in bytes of its first byte. ``key`` is the name without extension.
-
-        Raises ValueError for a key that is there already, or that would unpack to somewhere else.
-        """
-        if key.startswith("/") or {"", ".", ".."} & set(key.split("/")) or not key.isprintable() or "\\" in key:
-            raise ValueError(f"{key!r} is no name for an image of a shard: rename that image")
-        # WebDataset splits a member's name at the first dot of its base name.
-        key = key.replace(".", "_")
-        if key in self._keys:
-            raise ValueError(f"two images of shard {self.name} have the name {key!r}: rename one")
-        self._keys.add(key)
-        offset = self._member(f"{key}.jpg", image)
-        if label != UNLABELLED:
-            self._member(f"{key}.cls", str(label).encode())
-        self.count += 1
-        return offset
-
-    def _member(self, name: str, data: bytes) -> int:
-        header = tarfile.TarInfo(name)
-        header.size, header.mode = len(data), 0o644
-        # UTF-8 whatever the locale of this machine: the same images give the same bytes.
-        self._stream.write(header.tobuf(tarfile.GNU_FORMAT, "utf-8"))
-        offset = self._stream.nbytes
-        self._stream.write(data)
-        self._stream.write(bytes(-len(data) % tarfile.BLOCKSIZE))
-        return offset
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if kind is None:
-            self._stream.write(bytes(-(self._stream.nbytes + 1024) % tarfile.RECORDSIZE + 1024))
-        self._context.__exit__(kind, error, traceback)
-        if kind is None:
-            self.info = ShardInfo(self.name, self._stream.nbytes, self.count, self._stream.hexdigest())
-
-
-def write_index(storage: Storage, name: str, columns: Mapping[str, Sequence[Any] | np.ndarray]) -> str:
-    """Publish a per-image index (columns of ``INDEX_SCHEMA``); returns its SHA-256."""
-    table = pa.table({f.name: pa.array(columns[f.name], f.type) for f in INDEX_SCHEMA}, schema=INDEX_SCHEMA)
-    # One uncompressed record batch: a reader maps it into memory and copies nothing.
-    sink = io.BytesIO()
-    with pa.ipc.new_file(sink, INDEX_SCHEMA) as writer:
-        writer.write_table(table.combine_chunks(), max_chunksize=max(1, table.num_rows))
-    data = sink.getvalue()
-    storage.publish(name, data)
-    return sha256_hex(data)
 
 
 # -- reading ----------------------------------------------------------------------------------------------------
@@ -303,7 +220,7 @@ class Split:
         return np.array([shard.count for shard in self.info.shards], np.int64)
 
     def read(self, indices: np.ndarray) -> list[np.ndarray]:
-        """Encoded bytes of the images ``indices`` [n] int64: n arrays [bytes] uint8, in order. Raises OSError."""
+        """Bytes of the images ``indices`` [n] int64: n arrays [bytes] uint8, in order. Raises OSError."""
         requests = []
         for i in indices.tolist():
             start = int(self.offset[i])
@@ -393,7 +310,8 @@ class DataSet:
         except FileNotFoundError:
             raise ValueError(
                 f"no prepared data set at {storage.url!r} (no manifest.json): make one with "
-                "python -m data_prep.ilsvrc ARCHIVES --out URL, or data_prep.image_folder FOLDER --out URL"
+                "python -m data_prep.ilsvrc ARCHIVES --out URL, data_prep.image_folder FOLDER --out URL, "
+                "or data_prep.cifar10 SOURCE --out URL"
             ) from None
         self.manifest = Manifest.from_bytes(data)
         self.digest = sha256_hex(data)
@@ -483,18 +401,3 @@ class DataSet:
                 f"data set {self.storage.url!r} has no split {name!r}: it has {have}: prepare one with train and val"
             )
         return self.manifest.splits[name]
-
-
-def key_of(file_name: str) -> str:
-    """The WebDataset key of a source file: its base name without extension."""
-    return PurePosixPath(file_name).stem
-
-
-def path_key(file_name: str, *, distinct: bool = False) -> str:
-    """The WebDataset key of a file of a folder: its relative path without extension, and without what no key may hold.
-
-    ``distinct``: with a digest of the whole name, where the keys of two files would be the same (x.jpg and x.png).
-    """
-    path = str(PurePosixPath(file_name).with_suffix(""))
-    key = "".join(c if c.isprintable() and c not in ".\\" else "_" for c in path)
-    return f"{key}-{sha256_hex(file_name.encode())[:8]}" if distinct else key

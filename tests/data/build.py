@@ -10,15 +10,8 @@ import numpy as np
 from PIL import Image
 from safetensors.numpy import save
 
-from orchestrator.data.shards import (
-    INDEX_SCHEMA,
-    ClassInfo,
-    DataSet,
-    Manifest,
-    ShardWriter,
-    SplitInfo,
-    write_index,
-)
+from orchestrator.data.shard_writer import ShardWriter, write_index
+from orchestrator.data.shards import INDEX_SCHEMA, ClassInfo, DataSet, Manifest, SplitInfo
 from orchestrator.storage import Storage, sha256_hex
 
 

@@ -14,18 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.data.index_check import in_order
+from orchestrator.data.shard_writer import ShardWriter, key_of, write_index
 from orchestrator.data.shards import (
     UNLABELLED,
     ClassInfo,
     DataSet,
+    Encoding,
     Manifest,
     OddImage,
     ShardInfo,
-    ShardWriter,
     Source,
     SplitInfo,
-    key_of,
-    write_index,
 )
 from orchestrator.storage import Storage, sha256_hex
 
@@ -269,3 +268,15 @@ def test_manifests_come_back(name: str, words: list[str], shards: list[tuple[str
         statistics_crop=224,
     )
     assert Manifest.from_bytes(manifest.to_bytes()) == manifest
+    # Digests of data sets are older than encodings.
+    assert b"encoding" not in manifest.to_bytes()
+    planes = replace(manifest, encoding=Encoding.PLANES)
+    assert Manifest.from_bytes(planes.to_bytes()) == planes
+
+
+def test_an_unknown_encoding_is_refused(tmp_path: Path) -> None:
+    planes = replace(write_data_set(tmp_path).manifest, encoding=Encoding.PLANES).to_bytes()
+    with pytest.raises(ValueError, match="encoding 'tiles', which this program cannot read: use the version"):
+        Manifest.from_bytes(planes.replace(b'"planes"', b'"tiles"'))
+    with pytest.raises(ValueError, match="cannot be read"):
+        Manifest.from_bytes(planes.replace(b'"planes"', b"[1]"))

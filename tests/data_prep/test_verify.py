@@ -21,7 +21,8 @@ from PIL import Image
 
 from data_prep import image_folder
 from data_prep.verify import main, verify
-from orchestrator.data.shards import DataSet, Manifest, write_index
+from orchestrator.data.shard_writer import write_index
+from orchestrator.data.shards import DataSet, Manifest
 from orchestrator.storage import Storage, sha256_hex
 from tests import object_store
 from tests.data_prep.test_image_folder import TREE, encoded, write
