@@ -257,7 +257,10 @@ def environment_to_pass(environment: Mapping[str, str]) -> dict[str, str]:
     Credentials of object stores and of MLflow belong into the environment of the machines, or into their roles. Raises
     ValueError where the job cannot do without one that is.
     """
-    needed, wanted = ("IMAGENET_DATA", "IMAGENET_STORAGE"), ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME")
+    needed, wanted = (
+        ("IMAGENET_DATA", "CIFAR10_DATA", "IMAGENET_STORAGE"),
+        ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"),
+    )
     found = {name: environment[name] for name in (*needed, *wanted) if environment.get(name)}
     secret = {name for name, value in found.items() if masked(value) != value and not _names_a_container(value)}
     if held := sorted(secret.intersection(needed)):

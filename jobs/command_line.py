@@ -72,24 +72,34 @@ class _Options:
     """so many steps, after the first ten, are traced: STORAGE/NAME/profile, for https://ui.perfetto.dev"""
 
 
-def main(recipes: Mapping[str, Recipe], *, default: str) -> int:
-    """A job whose recipes these are: from the command line of this process to its exit code."""
+def main(recipes: Mapping[str, Recipe], *, default: str, data_variable: str = "IMAGENET_DATA") -> int:
+    """A job whose recipes these are: from the command line of this process to its exit code.
+
+    data_variable: environment variable that names the data set where --data does not.
+    """
     program = f"python {Path(sys.argv[0])}"
 
     def typed(argv: Sequence[str]) -> Command:
-        return parse(argv, recipes, default=default, program=program)
+        return parse(argv, recipes, default=default, program=program, data_variable=data_variable)
 
     return exit_code(launchable(lambda: run(typed(sys.argv[1:])), lambda argv: Described(typed(argv).config.name)))
 
 
-def parse(argv: Sequence[str], recipes: Mapping[str, Recipe], *, default: str, program: str) -> Command:
+def parse(
+    argv: Sequence[str],
+    recipes: Mapping[str, Recipe],
+    *,
+    default: str,
+    program: str,
+    data_variable: str = "IMAGENET_DATA",
+) -> Command:
     """``[RECIPE] [--dry-run] [--field value …]``. Prints help or what is wrong and exits (0, 2) as argparse does."""
     name, arguments = chosen(argv, recipes, default)
     base = replace(
         recipes[name](),
         recipe=name,
         name=name,
-        data=os.environ.get("IMAGENET_DATA", ""),
+        data=os.environ.get(data_variable, ""),
         storage=os.environ.get("IMAGENET_STORAGE", ""),
     )
     typed = tyro.cli(

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from jobs import command_line
 from jobs.imagenet import RECIPES
 from orchestrator.data.decoder import DecodeSettings
-from orchestrator.data.pipeline import EvalInput, TrainInput
+from orchestrator.data.inputs import eval_input, train_input
 from orchestrator.data.shards import DataSet
 from orchestrator.storage import Storage
 from orchestrator.training.assembly import sample_stream, views_of
@@ -71,7 +71,8 @@ def run(arguments: Arguments) -> int:
     settings = DecodeSettings(device="cuda" if torch.cuda.is_available() else "cpu", num_threads=2)
     stream = sample_stream(replace(config, seed=arguments.seed), split)
     first = arguments.step * config.batch.global_batch_size
-    source = TrainInput(
+    source = train_input(
+        data,
         split,
         stream,
         view,
@@ -84,7 +85,7 @@ def run(arguments: Arguments) -> int:
     )
     training = next(source)
     source.close()
-    checks = EvalInput(data.split("val"), test_view, mean, settings, arguments.columns, 0)
+    checks = eval_input(data, data.split("val"), test_view, mean, settings, arguments.columns, 0)
     validation = next(checks.batches(0, 1))
     checks.close()
     shown = int(validation.valid.sum() + validation.num_unreadable)  # the rest of the batch is padding

@@ -59,6 +59,7 @@ class CropStyle(Enum):
 
     SCALE_JITTER = "scale_jitter"  # shorter side drawn in [scale_min, scale_max], random crop (the paper, VGG)
     RANDOM_AREA = "random_area"  # random area and aspect (Inception; today's usual recipe)
+    PADDED = "padded"  # the image padded by padding_px on each side, random crop of its own size (CIFAR in the paper)
 
 
 @dataclass(frozen=True)
@@ -95,13 +96,16 @@ class InputConfig:
     crop_px: int = 224
     """side of the square the network sees, pixels"""
     crop_style: CropStyle = CropStyle.SCALE_JITTER
-    """scale_jitter: shorter side drawn, then a random crop (the paper); random_area: random area and aspect"""
+    """scale_jitter: shorter side drawn, then a random crop (the paper); random_area: random area and aspect; padded:
+    padding, then a random crop (the paper, for CIFAR)"""
     scale_min_px: int = 256
     """smallest shorter side of a training image, pixels (scale_jitter)"""
     scale_max_px: int = 480
     """largest shorter side of a training image, pixels (scale_jitter)"""
     area_min: float = 0.08
     """smallest part of the image's area in a crop (random_area)"""
+    padding_px: int = 4
+    """pixels of padding on each side of an image (padded)"""
     flip: bool = True
     """mirror half of the training images"""
     colour_std: float = 0.1
@@ -202,6 +206,16 @@ class OptimizerConfig:
     """weight decay on batch norm's scale and shift and on biases too (the paper's Caffe)"""
     caffe_momentum: bool = True
     """the momentum keeps its length when the learning rate changes (Caffe) instead of shrinking with it (PyTorch)"""
+
+
+@dataclass(frozen=True)
+class RegularizationConfig:
+    """What the paper does without."""
+
+    label_smoothing: float = 0.0
+    """part of every label that is dealt out over all classes evenly (Szegedy et al. 2015: 0.1)"""
+    average_decay: float = 0.0
+    """the weights that are tested are an exponential moving average over steps, of this decay; 0: those trained"""
 
 
 class Precision(Enum):
@@ -368,7 +382,7 @@ class TrainConfig:
     """One training run."""
 
     data: str = ""
-    """URL of the prepared data set (python -m data_prep.ilsvrc …); empty: IMAGENET_DATA"""
+    """URL of the prepared data set (python -m data_prep.ilsvrc …); empty: IMAGENET_DATA, for CIFAR-10 CIFAR10_DATA"""
     storage: str = ""
     """URL of the folder that holds all runs; empty: IMAGENET_STORAGE"""
     name: str = ""
@@ -382,6 +396,7 @@ class TrainConfig:
     batch: BatchConfig = field(default_factory=BatchConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    regularization: RegularizationConfig = field(default_factory=RegularizationConfig)
     numerics: NumericsConfig = field(default_factory=NumericsConfig)
     rhythm: RhythmConfig = field(default_factory=RhythmConfig)
     placement: PlacementConfig = field(default_factory=PlacementConfig)
@@ -476,6 +491,9 @@ def _check(config: TrainConfig) -> None:
         wrong.append(f"seed must be in [0, 2**63), not {config.seed}")
     if not 0 <= o.momentum < 1:
         wrong.append(f"optimizer.momentum must be in [0, 1), not {o.momentum}")
+    for name, value in vars(config.regularization).items():
+        if not 0 <= value < 1:
+            wrong.append(f"regularization.{name} must be in [0, 1), not {value}")
     if not 0 < s.lr_factor < 1:
         wrong.append(f"schedule.lr_factor must be in (0, 1), not {s.lr_factor}")
     if not 0 <= config.numerics.hw_decoder_share <= 1:

@@ -111,7 +111,7 @@ def space_of(start: Start) -> Space:
     assert start.run is not None
     weights = sum(tensor.nbytes for tensor in start.model.state_dict().values())
     momentum = sum(parameter.nbytes for parameter in start.model.parameters())
-    one = weights + momentum
+    one = weights * (2 if start.config.regularization.average_decay else 1) + momentum
     to_come = max(1, start.config.rhythm.keep_last + 2 - len(start.run.folders("checkpoints")))
     if start.outcome is not None:
         to_come = 0
@@ -123,7 +123,7 @@ def space_of(start: Start) -> Space:
 
 def look_at_data(start: Start) -> tuple[Verdict, str]:
     """That there is a data set: the start's."""
-    url = _given("--data", start.config.data, "IMAGENET_DATA", _HOW)
+    url = _given("--data", start.config.data, "IMAGENET_DATA or CIFAR10_DATA", _HOW)
     with _reading(url):
         start.data = DataSet(Storage(url))
     return Verdict.OK, f"manifest of {start.data.storage.url}"

@@ -40,7 +40,7 @@ from orchestrator.control.facts import (
     schedule_facts,
 )
 from orchestrator.control.placement import may_grow
-from orchestrator.data.pipeline import EvalInput, TrainInput
+from orchestrator.data.inputs import eval_input, train_input
 from orchestrator.evaluation.results import all_tests, is_more_than_training, is_tested, missing_tests
 from orchestrator.masking import masked
 from orchestrator.ray_session import Cluster, ClusterError, Node, ray_session
@@ -214,15 +214,18 @@ class _Rehearsal:
 
     def _look_at_decoding(self, start: Start) -> tuple[Verdict, str]:
         assert start.views is not None
+        assert start.data is not None
         view, test_view, mean, axes = start.views
         train_split, val_split = start.splits["train"], start.splits["val"]
         limit = self._config.input.max_undecodable
         settings = decode_settings(self._config, torch.device("cpu"), num_threads=1)
         stream = sample_stream(self._config, train_split)
-        first = TrainInput(train_split, stream, view, axes, mean, settings, lambda step: np.array([step]), 0, limit)
+        first = train_input(
+            start.data, train_split, stream, view, axes, mean, settings, lambda step: np.array([step]), 0, limit
+        )
         with closing(first):
             image = next(first)
-        val_input = EvalInput(val_split, test_view, mean, settings, 1, limit)
+        val_input = eval_input(start.data, val_split, test_view, mean, settings, 1, limit)
         with closing(val_input):
             val_image = next(val_input.batches(0, 1))
         train_name, val_name = train_split.names[int(image.indices[0])].as_py(), val_split.names[0].as_py()

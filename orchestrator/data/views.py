@@ -101,6 +101,7 @@ class TrainView:
     area_min: float = 0.08
     flip: bool = True
     colour_std: float = 0.1  # of α; 0: no colour augmentation
+    padding: int = 4  # pixels around the image, of a padded crop
 
     def __post_init__(self) -> None:
         if self.crop < 1:
@@ -112,6 +113,24 @@ class TrainView:
             )
         if not 0 < self.area_min <= 1:
             raise ValueError(f"input.area_min {self.area_min} must be in (0, 1]")
+        if self.padding < 0:
+            raise ValueError(f"input.padding_px {self.padding} must not be negative")
+
+    def windows(self, stream: SampleStream, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of a padded crop: left and top [n] int64 in the padded image, and whether it is mirrored [n] bool."""
+        assert self.style is CropStyle.PADDED
+        u = stream.uniforms(positions, Purpose.SCALE_AND_CROP, 2)
+        left, top = np.floor(u * (2 * self.padding + 1)).astype(np.int64).T
+        return left, top, self._flips(stream, positions)
+
+    def colour_shifts(self, stream: SampleStream, positions: np.ndarray, axes: ColourAxes) -> np.ndarray:
+        """What is added to each image: [n, 3] float32 on the 0–255 scale."""
+        return axes.shifts(self.colour_std * stream.normals(positions, Purpose.COLOUR, 3))
+
+    def _flips(self, stream: SampleStream, positions: np.ndarray) -> np.ndarray:
+        if not self.flip:
+            return np.zeros(len(positions), bool)
+        return stream.uniforms(positions, Purpose.FLIP, 1)[:, 0] < 0.5
 
     def views(
         self, stream: SampleStream, positions: np.ndarray, width: np.ndarray, height: np.ndarray, axes: ColourAxes
@@ -125,13 +144,12 @@ class TrainView:
                 region = _crop_of_resized(width, height, shorter, self.crop, u[:, 1], u[:, 2])
             case CropStyle.RANDOM_AREA:
                 region = self._random_area(stream, positions, width, height)
-        flip = np.zeros(n, bool)
-        if self.flip:
-            flip = stream.uniforms(positions, Purpose.FLIP, 1)[:, 0] < 0.5
+            case CropStyle.PADDED:
+                raise AssertionError("a padded crop is no region of the stored image: see windows()")
         shift = np.zeros((n, 3), np.float32)
         if self.colour_std > 0:
-            shift = axes.shifts(self.colour_std * stream.normals(positions, Purpose.COLOUR, 3))
-        return Views(*region, flip=flip, colour_shift=shift)
+            shift = self.colour_shifts(stream, positions, axes)
+        return Views(*region, flip=self._flips(stream, positions), colour_shift=shift)
 
     def _random_area(
         self, stream: SampleStream, positions: np.ndarray, width: np.ndarray, height: np.ndarray

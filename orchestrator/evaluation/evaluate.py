@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.config import Protocol, TrainConfig
+from orchestrator.data.inputs import scoring_input
 from orchestrator.data.pipeline import check_undecodable
-from orchestrator.data.scoring_input import ScoringInput
 from orchestrator.data.shards import UNLABELLED, DataSet
 from orchestrator.evaluation import scores
 from orchestrator.evaluation.parts import Parts
@@ -232,7 +232,7 @@ class _Evaluation:
         )
         decode = decode_settings(config, device, num_threads=self._cpus)
         limit = config.input.max_undecodable
-        source = ScoringInput(self._split, self._procedure.view, decode, self._plan.largest_batch, limit)
+        source = scoring_input(self._data, self._split, self._procedure.view, decode, self._plan.largest_batch, limit)
         told: set[int] = set(np.flatnonzero(self._split.decodable == 0).tolist())
         megapixels = config.evaluation.batch_megapixels
         with closing(source), TestedNetwork(model, self._mean, self._procedure, megapixels, self._precision) as network:

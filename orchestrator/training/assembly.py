@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from orchestrator import models
-from orchestrator.config import Compile, Family, MeanKind, Precision, TrainConfig
+from orchestrator.config import Compile, CropStyle, Family, MeanKind, Precision, TrainConfig
 from orchestrator.data.cache import ShardCache, default_folder
 from orchestrator.data.decoder import DecodeSettings
 from orchestrator.data.pipeline import Mean
 from orchestrator.data.sampling import SampleStream
-from orchestrator.data.shards import DataSet, Split
+from orchestrator.data.shards import DataSet, Encoding, Split
 from orchestrator.data.views import ColourAxes, TestView, TrainView
 
 _log = logging.getLogger(__name__)
@@ -54,7 +54,15 @@ def views_of(config: TrainConfig, data: DataSet) -> tuple[TrainView, TestView, M
         area_min=i.area_min,
         flip=i.flip,
         colour_std=i.colour_std,
+        padding=i.padding_px,
     )
+    is_padded, is_in_memory = i.crop_style is CropStyle.PADDED, data.manifest.encoding is Encoding.PLANES
+    if is_padded != is_in_memory:
+        kind = "small images of one size" if is_in_memory else "images of any size"
+        raise ValueError(
+            f"input.crop_style {i.crop_style.value} does not fit the data set {data.storage.url!r} of {kind}: take "
+            + ("a recipe of jobs/cifar10.py" if is_in_memory else "scale_jitter or random_area")
+        )
     statistics = data.statistics()
     match i.mean:
         case MeanKind.PIXEL:
@@ -77,9 +85,10 @@ def sample_stream(config: TrainConfig, train_split: Split) -> SampleStream:
 
 
 def shard_cache(config: TrainConfig, data: DataSet) -> ShardCache | None:
-    """This node's copies of a remote data set; None for a local one, and where no cache is wanted or can be had."""
+    """This node's copies of a remote data set; None for one that is local or read into memory whole, and
+    where no cache is wanted or can be had."""
     p = config.placement
-    if data.storage.is_local or p.cache_gb == 0:
+    if data.storage.is_local or p.cache_gb == 0 or data.manifest.encoding is Encoding.PLANES:
         return None
     folder = Path(p.cache_dir) if p.cache_dir else default_folder()
     try:

@@ -4,7 +4,7 @@ A checkpoint is published in two phases: its files in a folder of their own, the
 their SHA-256. Names carry the number of the start that wrote them (``ownership``)::
 
     checkpoints/000000400-a000001.json                   the commit record: a folder without one does not exist
-    checkpoints/000000400-a000001/tensors.safetensors    model/… and momentum/…
+    checkpoints/000000400-a000001/tensors.safetensors    model/…, momentum/… (and average/…)
     checkpoints/000000400-a000001/state.json             step, policy, meters, learning rate
     checkpoints/000000400-a000001/journal.jsonl          every event up to this step
 
@@ -47,7 +47,8 @@ _EXIT_S = 20.0  # a process that ends, for whatever reason, gives an upload this
 class Snapshot:
     """The whole state of a run after ``step`` optimizer steps, in host memory.
 
-    tensors: model/<name> and momentum/<name>; state: plain data; journal: the events so far.
+    tensors: model/<name>, momentum/<name> and, where weights are averaged, average/<name>; state: plain data; journal:
+    the events so far.
     """
 
     step: int
@@ -58,10 +59,10 @@ class Snapshot:
 
 
 def weights_sha256(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 over names and bytes of all weights and buffers (model/…): equal digests, equal models."""
+    """SHA-256 over names and bytes of all weights and buffers (model/…, average/…): equal digests, equal models."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        if name.startswith("model/"):
+        if name.startswith(("model/", "average/")):
             digest.update(name.encode())
             digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()

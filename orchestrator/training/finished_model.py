@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.config import Tested, TrainConfig
-from orchestrator.data.pipeline import Batch, TrainInput
+from orchestrator.data.inputs import train_input
+from orchestrator.data.pipeline import Batch
 from orchestrator.data.shards import DataSet
 from orchestrator.models import BatchNorm2d
 from orchestrator.plain import digest, from_plain, to_plain
@@ -152,7 +153,11 @@ def finish_model(
     tensors: dict[str, Tensor] = {}
     if world.is_first or e.precise_bn_images:
         record = record or eventually(lambda: checkpoints.record(step, attempt), f"checkpoint of step {step}")
-        tensors = {n: t for n, t in checkpoints.load(record).tensors.items() if n.startswith("model/")}
+        trained, tested = (
+            checkpoints.load(record).tensors,
+            "average/" if config.regularization.average_decay else "model/",
+        )
+        tensors = {f"model/{n.removeprefix(tested)}": t for n, t in trained.items() if n.startswith(tested)}
         model = load_model(config, data.num_classes, tensors, f"{run.url}/{folder}")
 
     # -- its statistics ---------------------------------------------------------------------------------------------
@@ -271,7 +276,9 @@ def _precise(
     ahead = cache.follow(split, stream.upcoming_shards) if cache else lambda position: None
     decode = decode_settings(config, world.device, num_threads=max(1, cpus))
     limit = config.input.max_undecodable
-    with closing(TrainInput(split, stream, view, axes, mean, decode, walk.positions, 0, limit, ahead)) as batches:
+    with closing(
+        train_input(data, split, stream, view, axes, mean, decode, walk.positions, 0, limit, ahead)
+    ) as batches:
         model = model.to(world.device)
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
         autocast = autocast_dtype(numerics.precision, world.device)

@@ -121,3 +121,8 @@ def sample_checksum(positions: np.ndarray, images: np.ndarray) -> int:
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of each image in fp32: logits [N, K], labels [N] int64 → [N] float32, nats."""
     return F.cross_entropy(logits.float(), labels, reduction="none")
+
+
+def smoothed(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
+    """As ``cross_entropy``, ``label_smoothing`` of each label dealt out over all classes evenly."""
+    return F.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=label_smoothing)

@@ -16,7 +16,8 @@ from orchestrator.config import BatchConfig, OptimizerConfig
 from orchestrator.data.pipeline import Batch
 from orchestrator.data.sampling import Purpose, mix64
 from orchestrator.models import RunningStatistics, group_images, share_groups
-from orchestrator.training.meters import Meter, Totals, cross_entropy
+from orchestrator.training.averaging import MovingAverage
+from orchestrator.training.meters import Meter, Totals, cross_entropy, smoothed
 from orchestrator.training.optimization import SGD
 from orchestrator.world import World, share_of
 
@@ -42,18 +43,24 @@ class ClassificationStep:
         compile_mode: str | None = None,
         reduce_in_bf16: bool = False,
         draws: bool = True,
+        label_smoothing: float = 0.0,
+        average_decay: float = 0.0,
         ready: Callable[[], None] = lambda: None,
         reduced: Callable[[], None] = lambda: None,
     ) -> None:
         """``model`` is on the world's device; ``ready`` is told when this worker's own gradients are, ``reduced`` when
         all workers' are summed; ``groups_at_once``: 0: all; ``compile_mode``: torch.compile's, None: not compiled;
-        ``draws``: whether the model draws random numbers (dropout, …).
+        ``draws``: whether the model draws random numbers (dropout, …); ``label_smoothing``: what every class has of a
+        label, in all (Szegedy et al. 2015); ``average_decay``: of the average of the weights, 0: there is none.
 
         Collective. Raises ValueError where workers cannot share the groups.
         """
         self.model, self.optimizer = model, SGD(model, **asdict(optimizer))
         self.share = share_of(world.rank, world.size, batch.global_batch_size, batch.bn_group_size)
         self._world, self._batch, self._autocast, self._seed = world, batch, autocast, seed
+        self._label_smoothing = label_smoothing
+        # Copied before functions of process groups hang on the model.
+        self._average = MovingAverage(model, average_decay) if average_decay else None
         share_groups(model, world.group_sum(self.share.sharers), self.share.sharers)
         self._statistics = RunningStatistics(model)
         self._at_once = min(groups_at_once or self.share.num_groups, self.share.num_groups)
@@ -100,7 +107,8 @@ class ClassificationStep:
                 with torch.autocast(images.device.type, self._autocast, enabled=self._autocast is not None):
                     logits = self._forward(images)
                 losses = cross_entropy(logits, labels)
-                (losses.sum() / self._batch.global_batch_size).backward()
+                objective = losses if not self._label_smoothing else smoothed(logits, labels, self._label_smoothing)
+                (objective.sum() / self._batch.global_batch_size).backward()
             self._statistics.accumulate()
             self._meter.add(logits.detach().float(), labels, losses.detach())
         self._statistics.reduce(self._world.sum_)
@@ -110,29 +118,41 @@ class ClassificationStep:
         num_groups = self._batch.global_batch_size // self._batch.bn_group_size
         self._statistics.advance(num_groups, unless=bad)
         self.optimizer.step(lr, unless=bad)
+        if self._average is not None:
+            self._average.follow(step)
         if self._world.is_first:
             self._meter.add_skipped(bad)
         self.optimizer.forget_gradients(in_place=self._keeps_gradients)
+
+    @property
+    def tested(self) -> nn.Module:
+        """The network that is validated: the average of the weights where there is one."""
+        return self.model if self._average is None else self._average.model
 
     def take_totals(self) -> Totals:
         """Sums over all workers since the last call. Collective; waits for the device."""
         return self._meter.take(self._world.sum_)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Copies in host memory of all that training changes: model/<name> and momentum/<name>."""
+        """Copies in host memory of all that training changes: model/<name>, momentum/<name> and, where there is an
+        average of the weights, average/<name>."""
         state = {f"model/{name}": t for name, t in self.model.state_dict().items()}
         state |= {f"momentum/{name}": t for name, t in self.optimizer.momentum().items()}
+        if self._average is not None:
+            state |= {f"average/{name}": t for name, t in self._average.model.state_dict().items()}
         plain = torch.contiguous_format  # at once: what is channels last would be copied twice
         return {name: t.detach().to("cpu", copy=True, memory_format=plain) for name, t in state.items()}
 
     def load(self, tensors: dict[str, Tensor], lr: float) -> None:
         """Go on from ``tensors()`` of a run whose last step had learning rate ``lr``. Raises ValueError."""
-        weights, momentum = (
+        weights, momentum, average = (
             {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-            for prefix in ("model/", "momentum/")
+            for prefix in ("model/", "momentum/", "average/")
         )
         try:
             self.model.load_state_dict(weights)
+            if self._average is not None:
+                self._average.model.load_state_dict(average)
         except RuntimeError as error:
             raise ValueError(
                 f"the checkpoint is of another model: give a changed network another --name ({error})"

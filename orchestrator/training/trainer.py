@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from orchestrator.config import TrainConfig
-from orchestrator.data.pipeline import EvalInput, TrainInput
+from orchestrator.data.inputs import eval_input, train_input
 from orchestrator.data.shards import DataSet
 from orchestrator.storage import Storage
 from orchestrator.training.assembly import (
@@ -120,6 +120,8 @@ def train(
         compile_mode=compile_mode(config),
         reduce_in_bf16=config.numerics.reduce_in_bf16,
         draws=draws(config),
+        label_smoothing=config.regularization.label_smoothing,
+        average_decay=config.regularization.average_decay,
         ready=gradients_ready,
         reduced=times.reduced,
     )
@@ -160,10 +162,10 @@ def train(
         split.check()
     limit = config.input.max_undecodable
     ahead = cache.follow(train_split, stream.upcoming_shards) if cache else lambda position: None
-    batches = TrainInput(
-        train_split, stream, view, axes, mean, decode, take_step.positions, step, limit, ahead, times.copies
+    batches = train_input(
+        data, train_split, stream, view, axes, mean, decode, take_step.positions, step, limit, ahead, times.copies
     )
-    val_batches = EvalInput(val_split, test_view, mean, decode, rhythm.validation_batch_size, limit)
+    val_batches = eval_input(data, val_split, test_view, mean, decode, rhythm.validation_batch_size, limit)
     if cache:
         cache.want("val", val_split.info.shards)
     unreadable_told: set[int] = set()
@@ -217,7 +219,7 @@ def train(
         if last or _validation_due(step, batch_size, len(train_split), rhythm.validate_every_epochs):
             pulse.at(Phase.VALIDATE, step)
             with clock.stalled(VALIDATION) as stall:
-                validation = validate(model, val_batches, world, autocast, pulse.alive)
+                validation = validate(take_step.tested, val_batches, world, autocast, pulse.alive)
             if validation.not_finite:
                 raise NotFiniteError(
                     f"run {config.name!r}: the validation loss of {validation.not_finite} images at step {step} is not "

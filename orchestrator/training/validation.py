@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from orchestrator.data.pipeline import EvalInput
+from orchestrator.data.inputs import EvalBatches
 from orchestrator.training.meters import Meter, Totals, cross_entropy
 from orchestrator.world import World
 
@@ -15,7 +15,7 @@ from orchestrator.world import World
 @torch.inference_mode()
 def validate(
     model: nn.Module,
-    batches: EvalInput,
+    batches: EvalBatches,
     world: World,
     autocast_dtype: torch.dtype | None,
     alive: Callable[[], None] = lambda: None,
