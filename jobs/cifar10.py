@@ -96,8 +96,8 @@ def plain44() -> TrainConfig:
 
 
 def plain56() -> TrainConfig:
-    """The plain network of 56 layers, otherwise as resnet20. The paper gives no number, only its curve (Figures 1 and 6):
-    above plain20's in training and test, the degradation."""
+    """The plain network of 56 layers, otherwise as resnet20. The paper gives no number, only its curve (Figures 1 and
+    6): above plain20's in training and test, the degradation."""
     return _plain(56)
 
 

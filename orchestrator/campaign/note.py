@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from orchestrator.campaign.spread import Spread, spreads
 from orchestrator.config import TrainConfig
 from orchestrator.control.comparison import TABLE_BEGINS
 from orchestrator.control.description import network
@@ -85,6 +86,12 @@ def best_member(members: Sequence[MemberNote], test: str) -> MemberNote | None:
     return min(tested, key=lambda member: member.errors[test], default=None)
 
 
+def spreads_of(note: CampaignNote) -> list[Spread]:
+    """Mean and deviation of members that differ in their seed alone."""
+    configs = {member.name: member.config for member in note.members}
+    return spreads(configs, {member.name: member.errors for member in note.members}, tests_of(note))
+
+
 def shown(errors: Mapping[str, float]) -> dict[str, float]:
     """As MLflow is to show them: six digits, and no number that it could not hold."""
     return {key: float(f"{value:.6g}") for key, value in errors.items() if math.isfinite(value)}
@@ -98,6 +105,7 @@ def result(note: CampaignNote, status: RunStatus) -> str:
     done = sum(member.end is RunStatus.FINISHED for member in note.members)
     lost = [member.name for member in note.members if member.end not in (None, RunStatus.FINISHED)]
     parts = [f"{done} of {len(note.members)} members done" + (f" ({', '.join(lost)} failed)" if lost else "")]
+    over_seeds = spreads_of(note)
     for test in tests_of(note):
         best = best_member(note.members, test)
         of_best = f"best member {_percent(best.errors[test])} ({best.name})" if best else ""
@@ -106,6 +114,7 @@ def result(note: CampaignNote, status: RunStatus) -> str:
             parts.append(f"{_words(test)}: {of_all}" + (f", {of_best}" if of_best else ""))
         elif of_best:
             parts.append(f"{_words(test)}: {of_best}")
+        parts += [f"{each.what}: {each} over {len(each.members)} seeds" for each in over_seeds if each.test == test]
     if note.submission:
         parts.append(f"submission `{masked(note.submission)}`")
     return f"**Result{UNTIL[status]}:** {'; '.join(parts)}".replace("\n", " ")

@@ -52,6 +52,8 @@ class CampaignConfig:
     failed for good are tried again by a start that needs more than are left"""
     submission: Protocol | None = None
     """protocol whose scores are submitted; None: multi_scale if it is tested, else the last one named"""
+    submit: bool = True
+    """write the competition's file, where the test split is scored"""
     workers_per_member: int = 0
     """worker processes of each member; 0: decided once from the cluster, so that all members are done soonest, at most
     one GPU for each batch-norm group. Another number than before decides again"""
@@ -122,9 +124,9 @@ class Campaign:
 
     @property
     def submitted(self) -> Protocol | None:
-        """The protocol whose scores are submitted; None where the test split is not scored."""
+        """The protocol whose scores are submitted; None where none is to be."""
         e = self.config.evaluation
-        if "test" not in e.splits:
+        if "test" not in e.splits or not self.config.submit:
             return None
         default = Protocol.MULTI_SCALE if Protocol.MULTI_SCALE in e.protocols else e.protocols[-1]
         return self.config.submission or default

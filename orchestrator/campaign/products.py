@@ -97,7 +97,7 @@ def check_classes(data: DataSet) -> None:
     try:
         submission.tokens_of(data.manifest.classes, Format.ILSVRC)
     except ValueError as error:
-        raise ValueError(f"{error}; --evaluation.splits val makes no submission") from None
+        raise ValueError(f"{error}; --submit False makes no submission") from None
 
 
 def submission_url(folder: Storage) -> str | None:

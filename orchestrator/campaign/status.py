@@ -16,6 +16,7 @@ from rich.text import Text
 from orchestrator.campaign.decisions import Account, Kind, account_of
 from orchestrator.campaign.journal import About, Journal, read_about
 from orchestrator.campaign.member import is_done, process_from
+from orchestrator.campaign.spread import spreads
 from orchestrator.config import TrainConfig
 from orchestrator.control.description import network
 from orchestrator.control.terminal import duration
@@ -174,7 +175,17 @@ def table(status: Status) -> RenderableType:
             str(row.starts),
             Text(row.said, "red"),
         )
-    return Group(shown, Text(_line(status), "bold"))
+    return Group(shown, *map(Text, over_seeds(status)), Text(_line(status), "bold"))
+
+
+def over_seeds(status: Status) -> list[str]:
+    """Lines that tell mean and deviation of members that differ in their seed alone."""
+    tests = list(dict.fromkeys(key for row in status.rows for key in row.errors if key.endswith("_top1_error")))
+    configs = {row.name: row.config for row in status.rows}
+    return [
+        f"{each.what}, {len(each.members)} seeds: {_words(each.test.removesuffix('_top1_error'))} {each} top-1 error"
+        for each in spreads(configs, {row.name: row.errors for row in status.rows}, tests)
+    ]
 
 
 def _words(test: str) -> str:

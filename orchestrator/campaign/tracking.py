@@ -18,6 +18,7 @@ the campaign's child when it appears. It must be in the campaign's experiment.
 from __future__ import annotations
 
 import logging
+import re
 import tempfile
 import threading
 import time
@@ -306,7 +307,7 @@ class CampaignTracker:
         return (_written_ms(note.ensemble.url) if note.ensemble else None) or self._told_ms
 
     def _log_numbers(self, note: CampaignNote, histories: Mapping[str, History], told_ms: int) -> None:
-        """Members done over time, the best of them by then, and the ensemble's errors."""
+        """Members done over time, the best of them by then, their spread over seeds, and the ensemble's errors."""
         done = [member for member in note.members if member.end is RunStatus.FINISHED]
         when_ms = {member.name: histories[member.name].last_ms or told_ms for member in done}
         done.sort(key=lambda member: when_ms[member.name])
@@ -321,8 +322,16 @@ class CampaignTracker:
                 for key, value in values.items()
                 if number not in self._held.get(key, ())
             ]
+        latest = self._store.latest()
+        for each in words.spreads_of(note):
+            name = f"{re.sub(r'[^A-Za-z0-9_]+', '_', each.what)}_{each.test}"
+            for key, value in words.shown({f"{name}_mean": each.mean, f"{name}_std": each.deviation}).items():
+                if latest.get(key) != value:
+                    metrics.append(
+                        (key, value, max(when_ms.get(member, told_ms) for member in each.members), len(done))
+                    )
         if note.ensemble:
-            latest, errors = self._store.latest(), words.shown(note.ensemble.errors)
+            errors = words.shown(note.ensemble.errors)
             for key, value in ((f"ensemble_{test}", errors[test]) for test in words.tests_of(note) if test in errors):
                 if latest.get(key) != value:
                     metrics.append((key, value, self._ensemble_ms(note), len(done)))
