@@ -279,7 +279,7 @@ def assemble(
         counted=counted,
     )
     check_claim(out, claim)
-    manifest = _publish_manifest(out, manifest)
+    manifest = publish_manifest(out, manifest)
     if notes is not None:
         data_set = DataSet(out)
         images = {split: data_set.split(split) for split in gathered}
@@ -288,7 +288,7 @@ def assemble(
     return manifest
 
 
-def _publish_manifest(out: Storage, manifest: Manifest) -> Manifest:
+def publish_manifest(out: Storage, manifest: Manifest) -> Manifest:
     """Publish ``manifest``, which ends the preparation; returns what is published.
 
     That is another's where the same preparation, begun twice, has ended before: the same, but for the words in which

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
+import struct
 import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,9 +16,10 @@ import numpy as np
 from data_prep.images import MAX_IMAGE_BYTES, is_ready
 from data_prep.progress import printable
 from orchestrator.data.shard_writer import key_of, path_key
-from orchestrator.data.shards import UNLABELLED, ShardInfo
+from orchestrator.data.shards import UNLABELLED, Encoding, ShardInfo
 from orchestrator.storage import Storage
 
+_MAX_HEADER_BYTES = 1 << 16  # of a shard of planes: one tensor is described in a hundred
 _READ_BYTES = 4 << 20  # at a time; a multiple of tarfile.RECORDSIZE
 _MAX_PROBLEMS = 20  # named of one shard: a shard of another set has thousands
 DIGEST_BYTES = 16
@@ -56,8 +59,9 @@ class Found:
 class ShardCheck:
     """What runs on the machines of the cluster. Holds one image at a time and writes nothing."""
 
-    def __init__(self, storage: Storage) -> None:
+    def __init__(self, storage: Storage, encoding: Encoding = Encoding.JPEG) -> None:
         self.storage = storage
+        self._check = {Encoding.JPEG: _check_members, Encoding.PLANES: _check_planes}[encoding]
 
     def __call__(self, expected: Expected) -> Found:
         """Raises OSError where storage fails for now."""
@@ -67,7 +71,7 @@ class ShardCheck:
             with self.storage.reading(info.name) as stream:
                 passing = _Passing(stream)
                 if expected.rows is not None:
-                    _check_members(passing, expected.rows, problems, digests)
+                    self._check(passing, expected.rows, problems, digests)
                 while passing.read(_READ_BYTES):
                     pass
         except FileNotFoundError:
@@ -165,6 +169,42 @@ def _check_image(data: bytes, key: str, rows: Rows, row: int, problems: _Problem
         problems.add(f"{printable(name)} has {len(data)} bytes, in the index {rows.nbytes[row]}")
     elif not is_ready(data, width, height):
         problems.add(f"{printable(name)} is no JPEG of {width} × {height} pixels that can be decoded")
+
+
+def _check_planes(stream: _Passing, rows: Rows, problems: _Problems, digests: np.ndarray) -> None:
+    """The tensor against the index; fills ``digests``."""
+    start = stream.read(8)
+    header_bytes = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+    try:
+        tensors = json.loads(stream.read(header_bytes) if header_bytes <= _MAX_HEADER_BYTES else b"")
+        (name, tensor), *others = tensors.items()
+        kind, (count, planes, height, width), place = (tensor[key] for key in ("dtype", "shape", "data_offsets"))
+        image_bytes = 3 * height * width
+        is_whole = place == [0, count * image_bytes] and image_bytes > 0 and type(count) is int
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        problems.add(f"is no safetensors file with images in it ({error})")
+        return
+    if others or (name, kind, planes) != ("images", "U8", 3) or not is_whole:
+        problems.add("holds something else than one tensor images [n, 3, height, width] uint8")
+        return
+    if count != len(rows.names):
+        problems.add(f"holds {count} images, in the index {len(rows.names)}")
+    first = stream.nbytes
+    at = first + image_bytes * np.arange(len(rows.names))
+    _missing(
+        rows, (rows.offset != at) | (rows.nbytes != image_bytes), "images that are not where the index says", problems
+    )
+    _missing(
+        rows, (rows.width != width) | (rows.height != height), "images of another size than the index says", problems
+    )
+    for row in range(min(count, len(rows.names))):
+        data = stream.read(image_bytes)
+        if len(data) != image_bytes:
+            problems.add(f"ends within {printable(rows.names[row])}")
+            return
+        digests[row] = hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()
+    if count == len(rows.names) and stream.read(1):
+        problems.add("goes on behind its images")
 
 
 def _missing(rows: Rows, where: np.ndarray, what: str, problems: _Problems) -> None:

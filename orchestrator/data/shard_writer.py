@@ -1,9 +1,11 @@
-"""What a preparation writes of a data set, in the format of ``shards``: shards of JPEGs, and the index of a split."""
+"""What a preparation writes of a data set, in the format of ``shards``: shards of both encodings, and indexes."""
 
 from __future__ import annotations
 
 import hashlib
 import io
+import json
+import struct
 import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
@@ -15,6 +17,8 @@ import pyarrow as pa
 
 from orchestrator.data.shards import INDEX_SCHEMA, UNLABELLED, ShardInfo
 from orchestrator.storage import Storage, sha256_hex
+
+_PLANES_AT_ONCE = 1000  # images that are copied to be written
 
 
 class _Digesting:
@@ -99,6 +103,27 @@ class ShardWriter:
         self._context.__exit__(kind, error, traceback)
         if kind is None:
             self.info = ShardInfo(self.name, self._stream.nbytes, self.count, self._stream.hexdigest())
+
+
+def write_planes(storage: Storage, name: str, images: np.ndarray) -> tuple[ShardInfo, int]:
+    """Publish ``images`` [n, 3, height, width] uint8 as a shard of ``PLANES``.
+
+    Returns it, and the offset in bytes of the first image; the others follow without a gap.
+    """
+    assert images.dtype == np.uint8
+    assert images.shape[1] == 3
+    # Written here and not by safetensors, whose versions may lay out a header in another way: the same images give the
+    # same bytes.
+    tensor = {"dtype": "U8", "shape": list(images.shape), "data_offsets": [0, images.nbytes]}
+    header = json.dumps({"images": tensor}, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    with storage.publishing(name) as stream:
+        digesting = _Digesting(stream)
+        digesting.write(struct.pack("<Q", len(header)) + header)
+        offset = digesting.nbytes
+        for first in range(0, len(images), _PLANES_AT_ONCE):
+            digesting.write(images[first : first + _PLANES_AT_ONCE].tobytes())
+    return ShardInfo(name, digesting.nbytes, len(images), digesting.hexdigest()), offset
 
 
 def write_index(storage: Storage, name: str, columns: Mapping[str, Sequence[Any] | np.ndarray]) -> str:
