@@ -77,7 +77,7 @@ def test_any_number_of_workers_sees_the_same(small: Path, tmp_path: Path) -> Non
         check_samples(config_of(small, tmp_path, f"w{size}", AVERAGED), runs[size])
         torch.testing.assert_close(losses(runs[size]), losses(runs[1]), rtol=1e-4, atol=0)
         a, b = last_snapshot(runs[1]).tensors, last_snapshot(runs[size]).tensors
-        assert farthest_norm(a, b, "average/") < 1e-3
+        assert farthest_norm(a, b, "average/") < 1e-2
 
 
 def test_the_average_is_validated_and_tested(small: Path, tmp_path: Path) -> None:
