@@ -20,12 +20,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from jobs import command_line
-from jobs.imagenet import RECIPES
 from orchestrator.data.decoder import DecodeSettings
 from orchestrator.data.inputs import eval_input, train_input
 from orchestrator.data.shards import DataSet
 from orchestrator.storage import Storage
 from orchestrator.training.assembly import sample_stream, views_of
+
+RECIPES = {**imagenet.RECIPES, **cifar10.RECIPES}
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Arguments:
     data: str
     """URL of the prepared data set"""
     recipe: Annotated[str, tyro.conf.Positional] = "resnet50"
-    """recipe of jobs/imagenet.py"""
+    """recipe of jobs/imagenet.py or jobs/cifar10.py"""
     out: str = "contact_sheet.png"
     """PNG file to write"""
     step: int = 0
