@@ -19,7 +19,7 @@ import tyro
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from jobs import command_line
+from jobs import cifar10, command_line, imagenet
 from orchestrator.data.decoder import DecodeSettings
 from orchestrator.data.inputs import eval_input, train_input
 from orchestrator.data.shards import DataSet
