@@ -280,6 +280,8 @@ class PlacementConfig:
     """elastic: goes on with any number from this to num_workers, as nodes come and go; 0: num_workers exactly"""
     cpus_per_worker: int = 0
     """CPU threads of a worker; 0: the node's CPUs shared among its GPUs, or all CPUs among the workers"""
+    runs_per_gpu: int = 1
+    """runs that share a GPU, of one worker each, for networks that leave most of it idle (CIFAR-10)"""
     use_gpu: bool | None = None
     """None: where the cluster has one; to be said of a cluster that may still grow and has none yet"""
     autoscaling: bool = False
@@ -450,6 +452,7 @@ def _check(config: TrainConfig) -> None:
         "rhythm.checkpoint_every_steps": r.checkpoint_every_steps,
         "rhythm.keep_last": r.keep_last,
         "placement.prefetch_batches": config.placement.prefetch_batches,
+        "placement.runs_per_gpu": config.placement.runs_per_gpu,
         "guard.hang_timeout_s": config.guard.hang_timeout_s,
         "evaluation.batch_megapixels": config.evaluation.batch_megapixels,
         "guard.lease_s": config.guard.lease_s,
@@ -514,6 +517,10 @@ def _check(config: TrainConfig) -> None:
         wrong.append(
             f"placement.min_workers {config.placement.min_workers} is more than placement.num_workers "
             f"{config.placement.num_workers}"
+        )
+    if config.placement.runs_per_gpu > 1 and max(config.placement.num_workers, config.placement.min_workers) > 1:
+        wrong.append(
+            "placement.runs_per_gpu: runs that share a GPU have one worker each: leave placement.num_workers out"
         )
     if config.placement.autoscaling and not (config.placement.num_workers or config.placement.min_workers):
         wrong.append(

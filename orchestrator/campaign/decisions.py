@@ -15,7 +15,6 @@ from typing import Any
 
 from orchestrator.campaign.plan import Campaign, Packing, Plan, pack, pack_fewer
 from orchestrator.control.guard import Ending, Refusal
-from orchestrator.control.placement import slots_of
 from orchestrator.ray_session import Cluster
 
 EXIT_USER_ERROR = 2
@@ -290,7 +289,7 @@ def _start(plan: Plan, account: Account, waiting: Sequence[str], facts: Facts, c
         if packing.slots:
             return [Pack(packing)]
         wanted = packing
-    num = slots_of(cluster, packing.use_gpu, packing.cpus_per_worker)
+    num = packing.slots_on(cluster)
     if not num:
         if is_short_for_good and not facts.alive:
             return [Stop(_no_room(campaign, packing, facts, cluster))]

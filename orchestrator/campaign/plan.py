@@ -95,6 +95,10 @@ class Campaign:
             wrong.append("evaluation.splits is empty: name what is scored: val, test")
         if c.placement.num_workers or c.placement.min_workers:
             wrong.append("the workers of a campaign's members are set by workers_per_member, not by placement")
+        if c.placement.runs_per_gpu > 1 and c.workers_per_member > 1:
+            wrong.append(
+                "members that share a GPU (placement.runs_per_gpu) have one worker each: leave workers_per_member out"
+            )
         if c.placement.autoscaling:
             wrong.append(
                 "a campaign asks no autoscaler for machines (placement.autoscaling): its members' workers are decided "
@@ -120,6 +124,7 @@ class Campaign:
             "workers_per_member": c.workers_per_member,
             "cpus_per_worker": c.placement.cpus_per_worker,
             "use_gpu": c.placement.use_gpu,
+            "runs_per_gpu": c.placement.runs_per_gpu,
         }
 
     @property
@@ -175,6 +180,11 @@ class Packing:
     cpus_per_worker: int
     use_gpu: bool
     slots: int
+    runs_per_gpu: int = 1
+
+    def slots_on(self, cluster: Cluster) -> int:
+        """Workers that fit on ``cluster``."""
+        return slots_of(cluster, self.use_gpu, self.cpus_per_worker, self.runs_per_gpu)
 
 
 def weight(config: TrainConfig, steps: int) -> float:
@@ -206,11 +216,14 @@ def pack(plan: Plan, cluster: Cluster) -> Packing:
     c, configs, order = plan.campaign.config, plan.campaign.run_configs(), plan.by_weight()
     use_gpu = cluster.gpus > 0 if c.placement.use_gpu is None else c.placement.use_gpu
     cpus = c.placement.cpus_per_worker or 1
+    sharing = c.placement.runs_per_gpu if use_gpu else 1
     if use_gpu and not c.placement.cpus_per_worker:
-        cpus = max(1, min((node.cpus // node.gpus for node in cluster.nodes if node.gpus), default=1))
-    num = slots_of(cluster, use_gpu, cpus)
+        cpus = max(1, min((node.cpus // (node.gpus * sharing) for node in cluster.nodes if node.gpus), default=1))
+    num = slots_of(cluster, use_gpu, cpus, sharing)
     batches = {name: config.batch for name, config in configs.items()}
     groups = {name: batch.global_batch_size // batch.bn_group_size for name, batch in batches.items()}
+    if sharing > 1:  # two workers of a run cannot share a GPU
+        groups = dict.fromkeys(groups, 1)
     is_capped = use_gpu and not c.workers_per_member
 
     def workers(each: int) -> dict[str, int]:
@@ -229,15 +242,15 @@ def pack(plan: Plan, cluster: Cluster) -> Packing:
         return finished
 
     if num < 1:
-        return Packing({}, cpus, use_gpu, 0)
+        return Packing({}, cpus, use_gpu, 0, sharing)
     numbers = range(1, min(num, max(groups.values()) if is_capped else num) + 1)
     each = c.workers_per_member or min(numbers, key=lambda n: (round(time_of(n) / time_of(1), 6), n))
-    return Packing(workers(each), cpus, use_gpu, num)
+    return Packing(workers(each), cpus, use_gpu, num, sharing)
 
 
 def has_room(packing: Packing, cluster: Cluster) -> bool:
     """Whether a worker of ``packing`` fits anywhere."""
-    return slots_of(cluster, packing.use_gpu, packing.cpus_per_worker) > 0
+    return packing.slots_on(cluster) > 0
 
 
 def pack_fewer(plan: Plan, packing: Packing, num_slots: int) -> Packing:

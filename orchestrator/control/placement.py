@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,7 +32,9 @@ def place(config: TrainConfig, cluster: Cluster) -> Placement:
     """Workers for this cluster. Raises ClusterError where it has too few CPUs or GPUs; see ``uses_gpu`` as well."""
     p, batch = config.placement, config.batch
     use_gpu = uses_gpu(config, cluster)
-    slots = slots_of(cluster, use_gpu, max(1, p.cpus_per_worker))
+    sharing = p.runs_per_gpu if use_gpu else 1
+    slots = slots_of(cluster, use_gpu, max(1, p.cpus_per_worker), sharing)
+    slots = min(1, slots) if sharing > 1 else slots  # two workers of a run cannot share a GPU: NCCL refuses
     each = f", {p.cpus_per_worker} for each on one node" if p.cpus_per_worker > 1 else ""
     least = p.min_workers or p.num_workers
     if least > slots:
@@ -53,11 +56,11 @@ def place(config: TrainConfig, cluster: Cluster) -> Placement:
     num_workers = largest_share(min(most, slots), batch.global_batch_size, batch.bn_group_size)
     cpus = p.cpus_per_worker
     if not cpus and use_gpu:
-        cpus = max(1, min(node.cpus // node.gpus for node in cluster.nodes if node.gpus))
+        cpus = max(1, min(node.cpus // (node.gpus * sharing) for node in cluster.nodes if node.gpus))
     elif not cpus:
         cpus = max(n for n in range(1, cluster.cpus + 1) if slots_of(cluster, use_gpu, n) >= num_workers)
     per_node, left = [], num_workers
-    for slots in sorted(_slots(cluster, use_gpu, cpus), reverse=True):
+    for slots in sorted(_slots(cluster, use_gpu, cpus, sharing), reverse=True):
         per_node.append(min(slots, left))
         left -= per_node[-1]
     packed = tuple(workers for workers in per_node if workers)
@@ -77,14 +80,19 @@ def uses_gpu(config: TrainConfig, cluster: Cluster) -> bool:
     return cluster.gpus > 0 if asked is None else asked
 
 
-def slots_of(cluster: Cluster, use_gpu: bool, cpus_per_worker: int) -> int:
+def slots_of(cluster: Cluster, use_gpu: bool, cpus_per_worker: int, runs_per_gpu: int = 1) -> int:
     """Workers that fit, node by node."""
-    return sum(_slots(cluster, use_gpu, cpus_per_worker))
+    return sum(_slots(cluster, use_gpu, cpus_per_worker, runs_per_gpu))
 
 
-def _slots(cluster: Cluster, use_gpu: bool, cpus_per_worker: int) -> list[int]:
+def resources_of_worker(use_gpu: bool, cpus: int, runs_per_gpu: int) -> dict[str, float]:
+    """What Ray is to keep for a worker. Its numbers have four decimals: three thirds must fit."""
+    return {"CPU": cpus} | ({"GPU": math.floor(10_000 / runs_per_gpu) / 10_000} if use_gpu else {})
+
+
+def _slots(cluster: Cluster, use_gpu: bool, cpus_per_worker: int, runs_per_gpu: int = 1) -> list[int]:
     return [
-        min(node.gpus, node.cpus // cpus_per_worker) if use_gpu else node.cpus // cpus_per_worker
+        min(node.gpus * runs_per_gpu, node.cpus // cpus_per_worker) if use_gpu else node.cpus // cpus_per_worker
         for node in cluster.nodes
     ]
 

@@ -24,7 +24,7 @@ from orchestrator.config import TrainConfig
 from orchestrator.control import checks
 from orchestrator.control.guard import Ending, FailureClass, Refusal, classify
 from orchestrator.control.mailbox import Heart, Mailbox, failure_of
-from orchestrator.control.placement import Placement
+from orchestrator.control.placement import Placement, resources_of_worker
 from orchestrator.control.stuck import Place, tells_its_stacks
 from orchestrator.control.waiting import place_in_time
 from orchestrator.control.watch import Watch
@@ -229,9 +229,7 @@ def _fit(
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     limits = config.guard
     mailbox = ray.remote(num_cpus=0)(Mailbox).options(scheduling_strategy=here).remote(config.name, asdict(limits))
-    resources: dict[str, float] = {"CPU": placement.cpus_per_worker}
-    if placement.use_gpu:
-        resources["GPU"] = 1
+    resources = resources_of_worker(placement.use_gpu, placement.cpus_per_worker, config.placement.runs_per_gpu)
     with suppress(OSError, ValueError):
         run.delete("ray")  # what a killed driver has left
     trainer = TorchTrainer(

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from orchestrator.config import TrainConfig
-from orchestrator.control.placement import Placement, may_grow, place, uses_gpu
+from orchestrator.control.placement import Placement, may_grow, place, resources_of_worker, uses_gpu
 from orchestrator.ray_session import Cluster, ClusterError, cluster_now
 
 _POLL_S = 2.0
@@ -52,9 +52,7 @@ def _asked_for(config: TrainConfig) -> Iterator[None]:
         return
     from ray.util import placement_group, remove_placement_group
 
-    worker: dict[str, float] = {"CPU": max(1, p.cpus_per_worker)}
-    if p.use_gpu:
-        worker["GPU"] = 1
+    worker = resources_of_worker(bool(p.use_gpu), max(1, p.cpus_per_worker), p.runs_per_gpu)
     group = placement_group([worker] * (p.num_workers or p.min_workers), strategy="PACK")
     try:
         yield

@@ -93,6 +93,24 @@ def test_members_share_what_the_campaign_sets() -> None:
     assert all(c.evaluation == EVALUATION for c in configs.values())
 
 
+def test_members_share_a_gpu() -> None:
+    """Of four small networks on one GPU all train at once, one worker each, where they would take turns."""
+    one_gpu, four = Cluster((Node(8, 1),)), plan_of(18, 18, 18, 18, placement=PlacementConfig(runs_per_gpu=4))
+    packing = pack(four, one_gpu)
+    assert packing == Packing(dict.fromkeys("abcd", 1), 2, True, 4, 4)
+    asked = four.campaign.asked
+    journal = entries(opening(4), (Kind.PACKED, "", {"packing": asdict(packing), "asked": asked}))
+    starts = decide(four, journal, Facts(), one_gpu)
+    assert [action.member for action in starts if isinstance(action, Start)] == list("abcd")
+    assert pack(plan_of(18, 18, 18, 18), one_gpu).slots == 1
+
+
+def test_what_the_test_split_is_scored_for_can_be_said() -> None:
+    assert plan_of(18).campaign.submitted is Protocol.MULTI_SCALE
+    assert plan_of(18, submit=False).campaign.submitted is None
+    assert plan_of(18, submit=False).campaign.identity()["submission"] is None
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
@@ -103,6 +121,7 @@ def test_members_share_what_the_campaign_sets() -> None:
         ({"name": "../x"}, "must be a plain folder name"),
         ({"workers_per_member": -1}, "must not be negative"),
         ({"placement": PlacementConfig(autoscaling=True)}, r"asks no autoscaler .* start them first"),
+        ({"placement": PlacementConfig(runs_per_gpu=2), "workers_per_member": 2}, "have one worker each"),
     ],
 )
 def test_a_campaign_that_contradicts_itself_is_refused(fields: dict[str, Any], said: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from orchestrator.config import BatchConfig, PlacementConfig, TrainConfig
-from orchestrator.control.placement import place
+from orchestrator.control.placement import place, resources_of_worker, slots_of
 from orchestrator.ray_session import Cluster, Node
 
 EIGHT_GPUS = Cluster((Node(cpus=64, gpus=4), Node(cpus=48, gpus=4)))
@@ -65,3 +65,18 @@ def test_an_elastic_run_takes_what_is_there() -> None:
         elastic(9, 8, EIGHT_GPUS)
     with pytest.raises(ValueError, match="cannot share 8 batch-norm groups"):
         elastic(8, 12, Cluster((Node(64, 12),)))
+
+
+def test_runs_share_a_gpu_with_one_worker_each() -> None:
+    assert placed(PlacementConfig(runs_per_gpu=4), EIGHT_GPUS) == (1, 3, True)  # 48 CPUs for 16 runs
+    assert placed(PlacementConfig(runs_per_gpu=4), TWO_CPUS) == (2, 1, False)  # there is none to share
+    assert slots_of(EIGHT_GPUS, True, 3, 4) == 32
+    assert slots_of(EIGHT_GPUS, True, 6, 4) == 10 + 8  # CPUs run out first
+    with pytest.raises(ValueError, match=r"placement\.runs_per_gpu: runs that share a GPU have one worker each"):
+        placed(PlacementConfig(runs_per_gpu=2, num_workers=2), EIGHT_GPUS)
+    for runs in (2, 3, 7):  # all of them fit, as Ray counts: four decimals
+        share = resources_of_worker(True, 1, runs)["GPU"]
+        assert 1 / (runs + 1) < share
+        assert runs * round(share * 10_000) <= 10_000
+    assert resources_of_worker(True, 5, 1) == {"CPU": 5, "GPU": 1}
+    assert resources_of_worker(False, 5, 3) == {"CPU": 5}
