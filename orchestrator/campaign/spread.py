@@ -40,12 +40,13 @@ def spreads(
     configs: Mapping[str, TrainConfig], errors: Mapping[str, Mapping[str, float]], tests: Sequence[str]
 ) -> list[Spread]:
     """Of each group of at least two runs that have an error in a test, and of each of ``tests``."""
-    found = []
-    for names in seeds_of(configs):
+    found, groups = [], seeds_of(configs)
+    labels = [configs[names[0]].recipe or network(configs[names[0]].model) for names in groups]
+    for names, label in zip(groups, labels, strict=True):
+        if labels.count(label) > 1:  # a recipe that was changed for some
+            label = f"{label} as {names[0]}"
         for test in tests:
             values = {name: errors[name][test] for name in names if math.isfinite(errors[name].get(test, math.nan))}
             if len(values) > 1:
-                first = configs[names[0]]
-                label = first.recipe or network(first.model)
                 found.append(Spread(label, tuple(values), test, mean(values.values()), stdev(values.values())))
     return found

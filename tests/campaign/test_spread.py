@@ -39,7 +39,7 @@ def test_seeds_are_told_from_other_differences() -> None:
 
 def test_mean_and_deviation_are_those_of_the_sample() -> None:
     (found,) = spreads(configs(), ERRORS, [TEST])  # one of the plain networks has no error yet
-    assert (found.what, found.members) == ("resnet20", ("a", "b", "c"))
+    assert (found.what, found.members) == ("resnet20 as a", ("a", "b", "c"))
     assert found.mean == pytest.approx(statistics.mean([8.7, 9.1, 8.6]))
     assert found.deviation == pytest.approx(statistics.stdev([8.7, 9.1, 8.6]))
     assert str(found) == "8.80 ± 0.26 %"
@@ -52,8 +52,8 @@ def test_a_campaigns_result_says_so() -> None:
         for name, config in configs().items()
     )
     note = CampaignNote(members=members)
-    assert [each.what for each in spreads_of(note)] == ["resnet20"]
-    assert "resnet20: 8.80 ± 0.26 % over 3 seeds" in result(note, RunStatus.FINISHED)
+    assert [each.what for each in spreads_of(note)] == ["resnet20 as a"]
+    assert "resnet20 as a: 8.80 ± 0.26 % over 3 seeds" in result(note, RunStatus.FINISHED)
 
 
 def test_the_recipes_of_seeds_are_seeds() -> None:
