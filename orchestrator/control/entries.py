@@ -19,6 +19,11 @@ RESERVED_KEYS = (_BEST_KEY, _EPOCH_KEY)  # whatever else a job measures, these f
 _MAX_VALUE_LENGTH = 500
 _FORBIDDEN_IN_KEY = re.compile(r"[^\w.\- /:]")
 _KINDS = frozenset(kind.value for kind in EventKind)
+_OPTIONS = {  # that fix what is tuned, by the name that it has where it is
+    "hw_decoder_share": "numerics.hw_decoder_share",
+    "num_threads": "placement.decode_threads",
+    "prefetch_batches": "placement.prefetch_batches",
+}
 
 
 class RunStatus(StrEnum):
@@ -122,7 +127,7 @@ def tuning_line(event: Mapping[str, Any]) -> str:
     parts = []
     for field, tried in event["images_per_s"].items():
         speeds = ", ".join(f"{value:g}: {images_per_s:g}" for value, images_per_s in tried)
-        parts.append(f"{field} {event['settings'][field]:g} ({speeds} images/s)")
+        parts.append(f"{_OPTIONS[field]} {event['settings'][field]:g} ({speeds} images/s)")
     return "; ".join(parts) or "nothing was tried in the time that there is for it"
 
 
