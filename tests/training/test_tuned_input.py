@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from orchestrator.config import NumericsConfig, PlacementConfig, TrainConfig
+from orchestrator.config import ModelConfig, NumericsConfig, PlacementConfig, TrainConfig
 from orchestrator.data import tuning
 from orchestrator.data.decoder import DecodeSettings
+from orchestrator.data.pipeline import Batch, TrainInput
 from orchestrator.data.shards import DataSet
 from orchestrator.storage import Storage
 from orchestrator.training.assembly import decode_settings, fixed_share, open_settings
@@ -18,6 +20,7 @@ from orchestrator.training.checkpoint import Checkpoints, Snapshot
 from orchestrator.training.run import fix_identity, run_storage
 from orchestrator.training.trainer import train
 from orchestrator.world import World
+from tests.data.test_pipeline import NO_COLOUR, train_input
 from tests.training.group import history, in_group, last_snapshot, open_run, small_config, take_number, weights_digest
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -25,7 +28,8 @@ TUNED, UNTUNED = PlacementConfig(tune_input=True), PlacementConfig()
 
 
 def config_of(data: Path, storage: Path, name: str, placement: PlacementConfig) -> TrainConfig:
-    config = small_config(data, storage, name, placement=placement)
+    model = ModelConfig(factory="tests.training.networks:tiny")
+    config = small_config(data, storage, name, placement=placement, model=model)
     return replace(config, schedule=replace(config.schedule, max_steps=3))
 
 
@@ -37,7 +41,7 @@ def start(config: TrainConfig) -> int:
 
 
 def _train(world: World, config: TrainConfig, attempt: int) -> None:
-    tuning._NO_TRIAL_AFTER_S = 120.0  # on a busy machine too everything is tried
+    tuning._NO_TRIAL_AFTER_S, tuning._TIMED_S = 240.0, 0.1  # on a busy machine too everything is tried
     train(config, world, attempt=attempt, cpus=2)
 
 
@@ -62,6 +66,38 @@ def test_two_workers_choose_the_same_and_train_to_the_same_bits(prepared: Path, 
     assert values == {"num_threads": [2, 1], "prefetch_batches": [2, 3, 4]}
     assert all(speed > 0 for tried in told["images_per_s"].values() for _, speed in tried)
     assert all(told["settings"][name] in tried for name, tried in values.items())
+
+
+class _Lagging(TrainInput):
+    """Each batch takes this worker longer than the one before it in rank."""
+
+    lag_s = 0.0
+
+    def __next__(self) -> Batch:
+        time.sleep(self.lag_s)
+        return super().__next__()
+
+
+def _try_beside_a_slow_one(world: World, data: str) -> None:
+    split = DataSet(Storage(data)).split("train")
+
+    def opened(settings: DecodeSettings) -> TrainInput:
+        source = train_input(split, NO_COLOUR, 2, settings=settings)
+        source.__class__, _Lagging.lag_s = _Lagging, 0.05 + 0.1 * world.rank
+        return source
+
+    trials = tuning.Trials(opened, world)
+    seconds = trials(DecodeSettings())
+    assert seconds is not None
+    assert seconds >= 0.15
+    assert len(set(world.gather(seconds))) == 1
+    if world.is_first:
+        trials._until_s = 0.0
+    assert trials(DecodeSettings()) is None  # for all, when it is for the first
+
+
+def test_every_worker_hears_the_seconds_of_the_slowest(prepared: Path, tmp_path: Path) -> None:
+    assert in_group(_try_beside_a_slow_one, 2, tmp_path, str(prepared)) == [0, 0]
 
 
 def test_a_share_that_is_kept_goes_from_checkpoint_to_checkpoint(prepared: Path, tmp_path: Path) -> None:
