@@ -230,6 +230,7 @@ def main() -> int:
         batch=replace(config.batch, global_batch_size=size, bn_group_size=a.bn_group_size or min(group, size)),
         schedule=replace(config.schedule, max_steps=NEVER, max_epochs=0.0),
         rhythm=replace(config.rhythm, validate_every_epochs=1e6),
+        placement=replace(config.placement, tune_input=False),  # the bare loop has the same input side
     )
     cpus = a.cpus or len(os.sched_getaffinity(0))
     steps = a.steps or 2 * config.rhythm.checkpoint_every_steps

@@ -250,8 +250,9 @@ class NumericsConfig:
     """workers add up their gradients in bfloat16: half the bytes, rounded to 8 bits"""
     deterministic: bool = False
     """on a GPU: kernels that give the same bits every time, and no hardware decoder (slower); a CPU always does"""
-    hw_decoder_share: float = 0.65
-    """part of a batch that the GPU's JPEG engine decodes; it alters pixels slightly, so it is part of the run"""
+    hw_decoder_share: float | None = None
+    """part of a batch that the GPU's JPEG engine decodes; it alters pixels slightly, so it is part of the run; None:
+    tuned at the first start on a GPU and kept in the checkpoints"""
 
 
 @dataclass(frozen=True)
@@ -289,8 +290,13 @@ class PlacementConfig:
     campaign"""
     ray_address: str = ""
     """Ray cluster to join; empty: RAY_ADDRESS, else a local one is started"""
-    prefetch_batches: int = 2
-    """batches that the input side works ahead"""
+    tune_input: bool | None = None
+    """at every start the input side is tried with other settings for some seconds, where these are left open: the part
+    for the JPEG engine, decoding threads, batches ahead; None: on a GPU"""
+    decode_threads: int = 0
+    """threads of a worker that decode; 0: tuned; the worker's CPUs where nothing is"""
+    prefetch_batches: int = 0
+    """batches that the input side works ahead; 0: tuned; 2 where nothing is"""
     cache_dir: str = ""
     """where a node keeps shards of a remote data set; empty: a folder of this user's in TMPDIR"""
     cache_gb: float | None = None
@@ -451,7 +457,6 @@ def _check(config: TrainConfig) -> None:
         "rhythm.validation_batch_size": r.validation_batch_size,
         "rhythm.checkpoint_every_steps": r.checkpoint_every_steps,
         "rhythm.keep_last": r.keep_last,
-        "placement.prefetch_batches": config.placement.prefetch_batches,
         "placement.runs_per_gpu": config.placement.runs_per_gpu,
         "guard.hang_timeout_s": config.guard.hang_timeout_s,
         "evaluation.batch_megapixels": config.evaluation.batch_megapixels,
@@ -470,6 +475,8 @@ def _check(config: TrainConfig) -> None:
         "placement.num_workers": config.placement.num_workers,
         "placement.cpus_per_worker": config.placement.cpus_per_worker,
         "placement.min_workers": config.placement.min_workers,
+        "placement.decode_threads": config.placement.decode_threads,
+        "placement.prefetch_batches": config.placement.prefetch_batches,
         "tracking.profile_steps": config.tracking.profile_steps,
         "guard.max_failures": config.guard.max_failures,
         "evaluation.precise_bn_images": config.evaluation.precise_bn_images,
@@ -499,8 +506,9 @@ def _check(config: TrainConfig) -> None:
             wrong.append(f"regularization.{name} must be in [0, 1), not {value}")
     if not 0 < s.lr_factor < 1:
         wrong.append(f"schedule.lr_factor must be in (0, 1), not {s.lr_factor}")
-    if not 0 <= config.numerics.hw_decoder_share <= 1:
-        wrong.append(f"numerics.hw_decoder_share must be in [0, 1], not {config.numerics.hw_decoder_share}")
+    share = config.numerics.hw_decoder_share
+    if share is not None and not 0 <= share <= 1:
+        wrong.append(f"numerics.hw_decoder_share must be in [0, 1], not {share}")
     if s.policy is PolicyKind.STEPS and list(s.drop_steps) != sorted(set(s.drop_steps)):
         wrong.append(f"schedule.drop_steps must rise, not {s.drop_steps}")
     if s.policy is PolicyKind.STEPS and not s.drop_steps:

@@ -35,6 +35,7 @@ class EventKind(StrEnum):
     DECISION = "decision"
     CHECKPOINT = "checkpoint"
     SCORES = "scores"
+    TUNED = "tuned"
 
 
 def read_journal(lines: Iterable[str]) -> list[dict[str, Any]]:

@@ -218,7 +218,7 @@ class _Rehearsal:
         view, test_view, mean, axes = start.views
         train_split, val_split = start.splits["train"], start.splits["val"]
         limit = self._config.input.max_undecodable
-        settings = decode_settings(self._config, torch.device("cpu"), num_threads=1)
+        settings = decode_settings(self._config, torch.device("cpu"), 1)
         stream = sample_stream(self._config, train_split)
         first = train_input(
             start.data, train_split, stream, view, axes, mean, settings, lambda step: np.array([step]), 0, limit

@@ -19,6 +19,11 @@ RESERVED_KEYS = (_BEST_KEY, _EPOCH_KEY)  # whatever else a job measures, these f
 _MAX_VALUE_LENGTH = 500
 _FORBIDDEN_IN_KEY = re.compile(r"[^\w.\- /:]")
 _KINDS = frozenset(kind.value for kind in EventKind)
+_OPTIONS = {  # that fix what is tuned, by the name that it has where it is
+    "hw_decoder_share": "numerics.hw_decoder_share",
+    "num_threads": "placement.decode_threads",
+    "prefetch_batches": "placement.prefetch_batches",
+}
 
 
 class RunStatus(StrEnum):
@@ -91,6 +96,8 @@ class Account:
             case EventKind.CHECKPOINT:
                 if event["best"]:
                     tags["best_checkpoint"] = cleaned_value(event["url"])
+            case EventKind.TUNED:
+                tags["input"] = cleaned_value(tuning_line(event))
             case EventKind.SCORES:
                 metrics = errors_of_test(event)
                 if "top1_error" in event:
@@ -113,6 +120,15 @@ class Account:
         text = f"best validation top-1 error {self._best}; the last {self._last}" if self._best else "no validation"
         text += "".join(f"; {test} {errors}" for test, errors in self._tests.items())
         return f"**Result{UNTIL[status]}:** {text}"
+
+
+def tuning_line(event: Mapping[str, Any]) -> str:
+    """What the input side was set to when a start tried it, and how fast each value was."""
+    parts = []
+    for field, tried in event["images_per_s"].items():
+        speeds = ", ".join(f"{value:g}: {images_per_s:g}" for value, images_per_s in tried)
+        parts.append(f"{_OPTIONS[field]} {event['settings'][field]:g} ({speeds} images/s)")
+    return "; ".join(parts) or "nothing was tried in the time that there is for it"
 
 
 def errors_of_test(event: Mapping[str, Any]) -> dict[str, float]:

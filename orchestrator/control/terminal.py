@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from orchestrator.control.entries import tuning_line
+
 Event = dict[str, Any]
 _PLAIN_PROGRESS_EVERY_S = 10.0
 
@@ -79,6 +81,8 @@ class Terminal:
                     f"step {event['step']}: {_DECISIONS[d['action']]} at {d['error_percent']:.2f} % "
                     f"(learning rate {d['learning_rate_before']:.4g} → {d['learning_rate']:.4g})"
                 )
+            case "tuned":
+                self._say(f"step {event['step']}: input side, without the network: {tuning_line(event)}")
             case "test":
                 self._test = {}
                 self._say(f"testing step {event['step']}: {name_of_test(event)}")

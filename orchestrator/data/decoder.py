@@ -35,9 +35,10 @@ def gray_jpeg() -> np.ndarray:
 
 @dataclass(frozen=True)
 class DecodeSettings:
-    """How pixels are made. ``device`` "cpu" or "cuda"; on a GPU all of these are pinned, since they alter pixels.
+    """How pixels are made, on ``device`` "cpu" or "cuda". Defaults stand where nothing is tuned.
 
-    ``hw_decoder_share``: part of a batch that the GPU's JPEG engine decodes (0: CUDA cores and CPU only).
+    ``hw_decoder_share``: part of a batch that the GPU's JPEG engine decodes (0: CUDA cores and CPU only). It alters
+    pixels on a GPU, as ``half`` does; how many threads decode, and how far ahead, does not.
     """
 
     device: str = "cpu"
@@ -90,6 +91,13 @@ class Buffers:
         copy = torch.from_numpy(self.take(source.shape, source.dtype))
         copy.copy_(torch.from_numpy(source))
         return copy
+
+
+def release_unused_memory() -> None:
+    """Give back what DALI keeps of decoders that are no more: nothing else could use that part of a GPU's memory."""
+    from nvidia.dali.backend import ReleaseUnusedMemory  # type: ignore[attr-defined]  # missing in DALI's stubs
+
+    ReleaseUnusedMemory()
 
 
 class AnyDecoder(ABC, Generic[Seen, Pixels]):

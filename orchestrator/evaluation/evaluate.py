@@ -230,7 +230,7 @@ class _Evaluation:
             deterministic=config.numerics.deterministic,
             precision=config.numerics.precision,
         )
-        decode = decode_settings(config, device, num_threads=self._cpus)
+        decode = decode_settings(config, device, self._cpus)  # nothing tuned: a score file follows from its inputs
         limit = config.input.max_undecodable
         source = scoring_input(self._data, self._split, self._procedure.view, decode, self._plan.largest_batch, limit)
         told: set[int] = set(np.flatnonzero(self._split.decodable == 0).tolist())

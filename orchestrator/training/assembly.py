@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -131,17 +132,53 @@ def compile_mode(config: TrainConfig) -> str | None:
     return None if mode is Compile.OFF else mode.value.replace("_", "-")
 
 
-def decode_settings(config: TrainConfig, device: torch.device, num_threads: int) -> DecodeSettings:
-    """How DALI decodes for a worker on ``device``."""
+def fixed_share(config: TrainConfig, kept: float | None) -> float | None:
+    """The part of a batch for the GPU's JPEG engine; None: it may be tuned.
+
+    kept: what the run has been trained with so far, of its checkpoint; None: nothing on a GPU yet.
+    """
+    if config.numerics.deterministic:
+        return 0.0  # the share moves images between two decoders with the batch: not where bits matter
+    return kept if config.numerics.hw_decoder_share is None else config.numerics.hw_decoder_share
+
+
+def decode_settings(
+    config: TrainConfig, device: torch.device, cpus: int, kept_share: float | None = None
+) -> DecodeSettings:
+    """How DALI decodes for a worker on ``device`` with ``cpus`` processors, before anything is tuned.
+
+    kept_share: as in ``fixed_share``; None too where pixels need not be those of the training.
+    """
+    share, p = fixed_share(config, kept_share), config.placement
     return DecodeSettings(
         device=device.type,
         device_id=device.index or 0,
-        num_threads=num_threads,
-        prefetch_batches=config.placement.prefetch_batches,
-        # The share moves images between two decoders with the batch: not where bits matter.
-        hw_decoder_share=0.0 if config.numerics.deterministic else config.numerics.hw_decoder_share,
+        num_threads=p.decode_threads or max(1, cpus),
+        prefetch_batches=p.prefetch_batches or DecodeSettings.prefetch_batches,
+        hw_decoder_share=DecodeSettings.hw_decoder_share if share is None else share,
         half=autocast_dtype(config.numerics.precision, device) is not None,
     )
+
+
+def open_settings(
+    config: TrainConfig, device: torch.device, cpus_of_workers: Sequence[float], kept_share: float | None
+) -> dict[str, tuple[float, ...]]:
+    """The fields of DecodeSettings that are to be tuned, in that order, with what they may become.
+
+    What the config says, and the share that a checkpoint has kept, is not among them. Equal on all workers.
+    """
+    on_gpu, p, candidates = device.type == "cuda", config.placement, dict[str, tuple[float, ...]]()
+    if not (on_gpu if p.tune_input is None else p.tune_input):
+        return candidates
+    if on_gpu and fixed_share(config, kept_share) is None:
+        candidates["hw_decoder_share"] = (0.0, 0.35, 0.5, 0.65, 0.8, 1.0)
+    # Workers that have not the same number of processors could not try the same.
+    if not p.decode_threads and len(set(cpus_of_workers)) == 1:
+        cpus = max(1, int(cpus_of_workers[0]))
+        candidates["num_threads"] = tuple(sorted({max(1, cpus * quarters // 4) for quarters in (1, 2, 3, 4)}))
+    if not p.prefetch_batches:
+        candidates["prefetch_batches"] = (2, 3, 4)
+    return candidates
 
 
 def set_arithmetic(device: torch.device, *, num_threads: int, deterministic: bool, precision: Precision) -> None:

@@ -57,6 +57,12 @@ class Snapshot:
     journal: list[dict[str, Any]]
     validation_top1_error: float | None = None
 
+    @property
+    def hw_decoder_share(self) -> float | None:
+        """What the run has been trained with; None: it has not seen a GPU (or its config says it: an old run)."""
+        share = self.state.get("hw_decoder_share")
+        return None if share is None else float(share)
+
 
 def weights_sha256(tensors: dict[str, Tensor]) -> str:
     """SHA-256 over names and bytes of all weights and buffers (model/…, average/…): equal digests, equal models."""

@@ -153,18 +153,24 @@ def finish_model(
     tensors: dict[str, Tensor] = {}
     if world.is_first or e.precise_bn_images:
         record = record or eventually(lambda: checkpoints.record(step, attempt), f"checkpoint of step {step}")
-        trained, tested = (
-            checkpoints.load(record).tensors,
-            "average/" if config.regularization.average_decay else "model/",
-        )
-        tensors = {f"model/{n.removeprefix(tested)}": t for n, t in trained.items() if n.startswith(tested)}
+        snapshot, tested = checkpoints.load(record), "average/" if config.regularization.average_decay else "model/"
+        tensors = {f"model/{n.removeprefix(tested)}": t for n, t in snapshot.tensors.items() if n.startswith(tested)}
         model = load_model(config, data.num_classes, tensors, f"{run.url}/{folder}")
 
     # -- its statistics ---------------------------------------------------------------------------------------------
     num_averaged = 0
     if e.precise_bn_images:
         statistics, num_averaged = _precise(
-            config, world, data, model, step, cpus=cpus, tell=tell, emit=emit, alive=alive
+            config,
+            world,
+            data,
+            model,
+            step,
+            kept_share=snapshot.hw_decoder_share,
+            cpus=cpus,
+            tell=tell,
+            emit=emit,
+            alive=alive,
         )
         tensors |= statistics
         if not all(map(tensor_file.is_finite, tensors.values())):
@@ -253,6 +259,7 @@ def _precise(
     model: nn.Module,
     step: int,
     *,
+    kept_share: float | None,
     cpus: int,
     tell: Callable[[Event], None],
     emit: Callable[[Event], None],
@@ -274,7 +281,7 @@ def _precise(
     view, _, mean, axes = views_of(config, data)
     stream = sample_stream(config, split)
     ahead = cache.follow(split, stream.upcoming_shards) if cache else lambda position: None
-    decode = decode_settings(config, world.device, num_threads=max(1, cpus))
+    decode = decode_settings(config, world.device, cpus, kept_share)
     limit = config.input.max_undecodable
     with closing(
         train_input(data, split, stream, view, axes, mean, decode, walk.positions, 0, limit, ahead)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict
 from typing import Any
 
@@ -15,8 +16,10 @@ import numpy as np
 import torch
 
 from orchestrator.config import TrainConfig
-from orchestrator.data.inputs import eval_input, train_input
-from orchestrator.data.shards import DataSet
+from orchestrator.data.decoder import DecodeSettings
+from orchestrator.data.inputs import TrainBatches, eval_input, train_input
+from orchestrator.data.shards import DataSet, Encoding
+from orchestrator.data.tuning import WINDOW_STEPS, Trials, tune
 from orchestrator.storage import Storage
 from orchestrator.training.assembly import (
     autocast_dtype,
@@ -25,6 +28,7 @@ from orchestrator.training.assembly import (
     decode_settings,
     draws,
     groups_at_once,
+    open_settings,
     sample_stream,
     set_arithmetic,
     shard_cache,
@@ -93,7 +97,6 @@ def train(
     )
     view, test_view, mean, axes = views_of(config, data)
     stream = sample_stream(config, train_split)
-    decode = decode_settings(config, world.device, num_threads=max(1, cpus))
     steps = total_steps(config.schedule, len(train_split), batch_size)
 
     # -- what is trained --------------------------------------------------------------------------------------------
@@ -138,7 +141,9 @@ def train(
     )
     snapshot = _agreed_snapshot(checkpoints, world)
     step, skipped, policy, totals, journal = 0, 0, PolicyState(), Totals(), list[Event]()
+    share: float | None = None  # of a batch, for the GPU's JPEG engine: what the run keeps to
     if snapshot is not None:
+        share = snapshot.hw_decoder_share
         step, skipped, journal = snapshot.step, snapshot.state["skipped_steps"], snapshot.journal
         policy, totals = PolicyState(**snapshot.state["policy"]), Totals(*snapshot.state["totals"])
         take_step.load(snapshot.tensors, snapshot.state["lr"])
@@ -157,10 +162,27 @@ def train(
             record("decision", decision=decision.to_json())
         return new
 
-    # -- the loop ---------------------------------------------------------------------------------------------------
+    # -- the input side ---------------------------------------------------------------------------------------------
     for split in (train_split, val_split):
         split.check()
     limit = config.input.max_undecodable
+    decode = decode_settings(config, world.device, cpus, share)
+    decodes, cpus_of_workers = data.manifest.encoding is Encoding.JPEG, world.gather(cpus)
+    if decodes and (candidates := open_settings(config, world.device, cpus_of_workers, share)):
+        first = step
+
+        def window(number: int) -> np.ndarray:
+            return take_step.positions(first + number % WINDOW_STEPS)
+
+        def open_input(settings: DecodeSettings) -> TrainBatches:
+            return train_input(data, train_split, stream, view, axes, mean, settings, window, 0, limit)
+
+        with closing(Trials(open_input, world, pulse.alive)) as trials:
+            tuned = tune(decode, candidates, trials)
+        decode = tuned.settings
+        record("tuned", **tuned.to_json(batch_size))
+    if world.device.type == "cuda":
+        share = decode.hw_decoder_share  # for good: it alters pixels
     ahead = cache.follow(train_split, stream.upcoming_shards) if cache else lambda position: None
     batches = train_input(
         data, train_split, stream, view, axes, mean, decode, take_step.positions, step, limit, ahead, times.copies
@@ -169,6 +191,8 @@ def train(
     if cache:
         cache.want("val", val_split.info.shards)
     unreadable_told: set[int] = set()
+
+    # -- the loop ---------------------------------------------------------------------------------------------------
     clock, stragglers, agreement = Clock(), Stragglers(), world.agreement()
     profiler = Profiler(
         run, attempt, world, step, config.tracking.profile_steps, lambda text: emit(notice(text)), pulse
@@ -242,7 +266,7 @@ def train(
                 _check_skipped(config, step, skipped + totals.skipped_steps)
                 if world.is_first:
                     state = {"policy": asdict(policy), "totals": totals.as_list(), "skipped_steps": skipped}
-                    state |= {"lr": take_step.optimizer.lr}
+                    state |= {"lr": take_step.optimizer.lr, "hw_decoder_share": share}
                     error = None if validation is None else validation.top1_error
                     checkpoints.save(Snapshot(step, take_step.tensors(), state, list(journal), error))
             tell({"kind": "saving", "step": step, "stall_s": stall.seconds})

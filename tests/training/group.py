@@ -200,7 +200,7 @@ def last_snapshot(run_path: Path) -> Snapshot:
 
 
 def history(journal: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The journal without what a clock says."""
+    """The journal without what a clock says, and what was decided by one."""
     clocks = {"images_per_s", "data_wait_share", "validation_s", "slowest_worker_ratio"}
     return [
         {
@@ -209,6 +209,7 @@ def history(journal: list[dict[str, Any]]) -> list[dict[str, Any]]:
             if k not in ("time_ms", "seconds")
         }
         for e in journal
+        if e["kind"] != "tuned"
     ]
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from orchestrator.config import BatchConfig, ModelConfig, ScheduleConfig, TrainConfig
+from orchestrator.data.decoder import DecodeSettings
 from orchestrator.data.shards import Split
 from orchestrator.storage import Storage
 from orchestrator.training.run import run_storage
@@ -144,7 +145,7 @@ def test_resuming_reads_no_more_late_in_an_epoch(step: int, prepared: Path, tmp_
     process = CONTEXT.Process(target=first_reads, args=(config, told))
     process.start()
     process.join(120)
-    assert json.loads(told.read_text()) == [step, {"train": config.placement.prefetch_batches}]
+    assert json.loads(told.read_text()) == [step, {"train": DecodeSettings.prefetch_batches}]
 
 
 def refusal(group: Group) -> str:

@@ -6,6 +6,7 @@ import copy
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from orchestrator.data.shards import DataSet
 from orchestrator.models import BatchNorm2d
 from orchestrator.storage import Storage
 from orchestrator.training.assembly import build_model, decode_settings, sample_stream, views_of
+from orchestrator.training.checkpoint import Snapshot
 from orchestrator.training.finished_model import ModelRecord, find_models, finish_model, load_model, read_model
 from orchestrator.training.precise_statistics import Walk, precise_statistics
 from orchestrator.training.run import finished
@@ -142,6 +144,22 @@ def test_the_best_checkpoint_may_be_another(trained: TrainConfig) -> None:
     assert best is not None
     assert record.file == f"model/{best.step:09d}-best-bn0.safetensors"
     assert record.validation_top1_error == best.validation_top1_error
+
+
+def test_precise_statistics_see_the_pixels_of_the_training(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The share of the JPEG engine is the checkpoint's."""
+    shares = []
+
+    def opened(*arguments: Any) -> TrainInput:
+        shares.append(arguments[5].hw_decoder_share)
+        return TrainInput(*arguments)
+
+    monkeypatch.setattr(Snapshot, "hw_decoder_share", 0.35)
+    monkeypatch.setattr("orchestrator.training.finished_model.TrainInput", opened)
+    finish_model(config, World(), cpus=1, code_version="test")
+    assert shares == [0.35]
 
 
 def test_precise_statistics_are_those_of_all_that_goes_in(config: TrainConfig, tmp_path: Path) -> None:
