@@ -176,8 +176,8 @@ def _remarks(manifest: Manifest, archive: str | None) -> list[str]:
     for source in manifest.sources:
         if archive and not source.official:
             notes.append(
-                f"warning: {source.name} has the MD5 {source.md5}; those of cs.toronto.edu's archives are "
-                f"{' and '.join(OFFICIAL.values())}"
+                f"warning: {source.name} is not as cs.toronto.edu gives it: its MD5 is {source.md5}, not "
+                f"{' or '.join(OFFICIAL.values())}"
             )
     if manifest.splits["val"] == manifest.splits["test"]:
         notes.append(

@@ -130,7 +130,7 @@ def _value(data: bytes) -> Any:
                 _fill(stack[-1], state)
             case other:
                 raise ValueError(f"the instruction {other}")
-    raise ValueError("no end")
+    raise ValueError("it does not end")
 
 
 def _marked(stack: list[Any]) -> list[Any]:

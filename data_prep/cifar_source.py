@@ -222,7 +222,7 @@ def _images(data: bytes, name: str, batch: str) -> Images:
     else:
         pixels, labels = read_batch(data, name, IMAGE_BYTES)
     if not len(labels):
-        raise ValueError(f"{name} holds no images: download it again, or take it away")
+        raise ValueError(f"{name} is empty: download it again, or take it away")
     wrong = np.flatnonzero(labels >= len(CLASSES))
     if len(wrong):
         raise ValueError(
