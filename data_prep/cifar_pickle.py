@@ -10,7 +10,7 @@ from __future__ import annotations
 import pickletools
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -92,7 +92,9 @@ def _value(data: bytes) -> Any:
                 stack.append(_MARK)
             case "NONE" | "NEWTRUE" | "NEWFALSE":
                 stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[instruction.name])
-            case "BININT" | "BININT1" | "BININT2" | "BINUNICODE" | "SHORT_BINUNICODE" | "BINBYTES" | "SHORT_BINBYTES":
+            case "BININT" | "BININT1" | "BININT2" | "LONG1":
+                stack.append(argument)
+            case "BINUNICODE" | "SHORT_BINUNICODE" | "BINBYTES" | "SHORT_BINBYTES":
                 stack.append(argument)
             case "BINSTRING" | "SHORT_BINSTRING":
                 stack.append(argument.encode("latin-1"))
@@ -168,9 +170,10 @@ def _fill(target: Any, state: Any) -> None:
     match target, state:
         case _Known.UINT8, tuple():  # byte order and alignment, which single bytes have not
             return
-        case _Array(), (1, (int(rows), int(columns)), _Known.UINT8, False, bytes(data)) if (
+        case _Array(), (1, (int(rows), int(columns)), _Known.UINT8, bool(by_column), bytes(data)) if (
             rows >= 0 and columns >= 0 and rows * columns == len(data)
         ):
-            target.values = np.frombuffer(data, np.uint8).reshape(rows, columns)
+            order: Literal["F", "C"] = "F" if by_column else "C"
+            target.values = np.frombuffer(data, np.uint8).reshape((rows, columns), order=order)
             return
     raise ValueError("an array that is not [n, m] uint8, or whose bytes are not all there")

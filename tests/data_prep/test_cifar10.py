@@ -431,8 +431,19 @@ def test_pickles_of_python_3_are_read(protocol: int) -> None:
     found, numbers = read_batch(data, "data_batch_1", IMAGE_BYTES)
     np.testing.assert_array_equal(found, pixels)
     np.testing.assert_array_equal(numbers, labels)
+    by_column = pickle.dumps({b"data": np.asfortranarray(pixels), b"labels": labels.tolist()}, protocol)
+    np.testing.assert_array_equal(read_batch(by_column, "data_batch_1", IMAGE_BYTES)[0], pixels)
     names = pickle.dumps({"label_names": [*CLASSES]}, protocol)
     assert read_class_names(names, "batches.meta") == list(CLASSES)
+
+
+def test_long_integers_of_python_2_are_read() -> None:
+    """As its NumPy wrote shapes where C's long is short."""
+    data = by_python_2({"labels": [3, 4], "data": np.arange(2 * IMAGE_BYTES, dtype=np.uint8).reshape(2, -1)})
+    short, long = b"J" + struct.pack("<i", 2) + b"J", b"\x8a\x01\x02J"
+    assert short in data
+    found, labels = read_batch(data.replace(short, long), "data_batch_1", IMAGE_BYTES)
+    assert (found.shape, labels.tolist()) == ((2, IMAGE_BYTES), [3, 4])
 
 
 class Calling:
