@@ -22,7 +22,8 @@ import nvidia.dali
 import PIL
 import torch
 
-from orchestrator.config import CropStyle, Family, InputConfig, MeanKind, ModelConfig, TrainConfig
+from orchestrator.config import CropStyle, Family, InputConfig, MeanKind, ModelConfig, RegularizationConfig, TrainConfig
+from tests.data.planes import build_planes, random_images
 from tests.training.group import last_snapshot, run_to_end, small_config, weights_digest
 
 ROOT = Path(__file__).parents[1]
@@ -47,7 +48,17 @@ def kinds(data: Path, storage: Path) -> dict[str, tuple[TrainConfig, int]]:
     residual = small_config(data, storage, "residual")
     crop = InputConfig(crop_px=32, crop_style=CropStyle.RANDOM_AREA, mean=MeanKind.CHANNEL, test_shorter_side_px=36)
     plain = replace(residual, name="plain", model=ModelConfig(family=Family.PLAIN, depth=18), input=crop)
-    return {"residual, 1 worker": (residual, 1), "plain, random area, 2 workers": (plain, 2)}
+    jobs = {"residual, 1 worker": (residual, 1), "plain, random area, 2 workers": (plain, 2)}
+    build_planes(storage / "planes", {"train": random_images(0, 100), "val": random_images(1, 31)})
+    small = small_config(
+        storage / "planes",
+        storage,
+        "small",
+        model=ModelConfig(family=Family.CIFAR_RESNET, depth=8),
+        input=InputConfig(crop_px=32, crop_style=CropStyle.PADDED, colour_std=0.0, test_shorter_side_px=32),
+        regularization=RegularizationConfig(label_smoothing=0.1, average_decay=0.9),
+    )
+    return jobs | {"small images in memory, averaged, 2 workers": (small, 2)}
 
 
 def outcome_of(run: Path) -> dict[str, Any]:
