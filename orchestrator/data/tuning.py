@@ -21,7 +21,7 @@ LEAST_GAIN = 0.05  # a setting that is faster by less may owe it to noise
 WINDOW_STEPS = 8  # whose images all trials decode: those come from memory after the first, and every trial has the same
 _TIMED_S = 0.6
 _LEAST_TIMED = 2  # batches, where one takes longer than that
-_NO_TRIAL_AFTER_S = 12.0  # with the one that is under way then, and the decoder of the run itself, some 15 s
+_NO_TRIAL_AFTER_S = 12.0  # the one that is under way then is finished, however slow the store
 
 
 @dataclass(frozen=True)

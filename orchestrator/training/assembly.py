@@ -173,8 +173,8 @@ def open_settings(
     if on_gpu and fixed_share(config, kept_share) is None:
         candidates["hw_decoder_share"] = (0.0, 0.35, 0.5, 0.65, 0.8, 1.0)
     # Workers that have not the same number of processors could not try the same.
-    if not p.decode_threads and len(set(cpus_of_workers)) == 1:
-        cpus = max(1, int(cpus_of_workers[0]))
+    cpus = int(min(cpus_of_workers))
+    if not p.decode_threads and cpus == max(cpus_of_workers) and cpus > 1:
         candidates["num_threads"] = tuple(sorted({max(1, cpus * quarters // 4) for quarters in (1, 2, 3, 4)}))
     if not p.prefetch_batches:
         candidates["prefetch_batches"] = (2, 3, 4)

@@ -164,6 +164,7 @@ def test_what_is_open_is_what_nobody_has_said() -> None:
     assert (settings.num_threads, settings.prefetch_batches) == (3, 5)
     settings = decode_settings(TrainConfig(), CPU, 8)
     assert (settings.num_threads, settings.prefetch_batches) == (8, 2)
-    for cpus, values in ((1, (1,)), (2, (1, 2)), (16, (4, 8, 12, 16))):
+    assert names(TUNED, CPU, (1, 1)) == ["prefetch_batches"]
+    for cpus, values in ((2, (1, 2)), (16, (4, 8, 12, 16))):
         assert open_settings(TrainConfig(placement=TUNED), CPU, [cpus, cpus], None)["num_threads"] == values
     assert names(TUNED, CPU, (8, 4)) == ["prefetch_batches"]  # they could not try the same
