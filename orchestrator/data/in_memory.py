@@ -35,10 +35,11 @@ def planes_of(data: DataSet, split: Split) -> np.ndarray:
         try:
             images = safetensors.numpy.load(data.storage.read(shard.name, shard.sha256))[_TENSOR]
         except (DigestError, SafetensorError, KeyError, FileNotFoundError) as error:
-            raise ValueError(f"{data.storage.url}/{shard.name}: {error}: prepare the data set again") from None
+            where = f"{data.storage.url}/{shard.name}"
+            raise ValueError(f"the shard {where} cannot be read ({error}): prepare the data set again") from None
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[:2] != (shard.count, 3):
             raise ValueError(
-                f"{data.storage.url}/{shard.name} holds {images.dtype} {images.shape}, not the uint8 images of its "
+                f"the shard {data.storage.url}/{shard.name} holds {images.dtype} {images.shape}, not the uint8 images of its "
                 "manifest: prepare the data set again"
             )
         parts.append(images)

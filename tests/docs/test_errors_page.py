@@ -78,7 +78,7 @@ NOT_MET = {
     "cluster/raylets.py: the local Ray cluster does not": "a cluster of tests and rehearsals: told with the rehearsal",
     "orchestrator/campaign/opening.py: member …: …": "the message of a check, with the member's name",
     "orchestrator/campaign/plan.py: ValueError …": "what __post_init__ has gathered",
-    "orchestrator/campaign/products.py: …; --evaluation.splits": "the message of a class map, with what to do",
+    "orchestrator/campaign/products.py: …; --submit False": "the message of a class map, with what to do",
     "orchestrator/control/facts.py: ValueError …": "why the cluster cannot be reached",
     "cluster/ray_jobs.py: OSError …": "the message of _client",
     "orchestrator/remote.py: StoreRefusedError …": "an advice of the tables",
