@@ -39,8 +39,8 @@ def planes_of(data: DataSet, split: Split) -> np.ndarray:
             raise ValueError(f"the shard {where} cannot be read ({error}): prepare the data set again") from None
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[:2] != (shard.count, 3):
             raise ValueError(
-                f"the shard {data.storage.url}/{shard.name} holds {images.dtype} {images.shape}, not the uint8 images of its "
-                "manifest: prepare the data set again"
+                f"the shard {data.storage.url}/{shard.name} holds {images.dtype} {images.shape}, not the uint8 images "
+                "of its manifest: prepare the data set again"
             )
         parts.append(images)
     if len({part.shape[2:] for part in parts}) != 1:
@@ -113,11 +113,7 @@ class MemoryTrainInput(_InMemory):
     ) -> None:
         super().__init__(data, split, settings)
         self.stream, self.view, self.axes, self._copying = stream, view, axes, copying
-        height, width = self._pixels.shape[2:]
-        if height != view.crop or width != view.crop:
-            raise ValueError(
-                f"input.crop_px {view.crop}: the images have {width} × {height} pixels, and are trained on at that size"
-            )
+        assert self._pixels.shape[2:] == (view.crop, view.crop)  # assembly.views_of has looked
         self._mean, self._side = self._mean_of(mean, view.crop), torch.arange(view.crop, device=self.device)
         self._positions_of, self._next_step = positions_of, start_step
         self._thread, self._drawn = ThreadPoolExecutor(1, "draw"), deque[Future[_Drawn]]()

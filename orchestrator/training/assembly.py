@@ -64,6 +64,11 @@ def views_of(config: TrainConfig, data: DataSet) -> tuple[TrainView, TestView, M
             f"input.crop_style {i.crop_style.value} does not fit the data set {data.storage.url!r} of {kind}: take "
             + ("a recipe of jobs/cifar10.py" if is_in_memory else "scale_jitter or random_area")
         )
+    side = data.manifest.statistics_crop  # of images in memory it is that of the images
+    if is_in_memory and i.crop_px != side:
+        raise ValueError(
+            f"input.crop_px {i.crop_px}: the images have {side} × {side} pixels, and are trained on at that size"
+        )
     statistics = data.statistics()
     match i.mean:
         case MeanKind.PIXEL:
