@@ -19,8 +19,10 @@ from pathlib import Path
 
 import torch
 import tyro
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from jobs import command_line
 from orchestrator.config import TrainConfig
@@ -98,18 +100,17 @@ def _opened(arguments: Arguments, name: str) -> Measurement:
 
 def _table(records: dict[str, LayerRecord]) -> Table:
     """Of each run the smallest, median and largest number of any layer."""
-    table = Table("run", "step", "images", "layers", "response std", "gradient norm", "gradient norm, of responses")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = Table("run", "step", box=SIMPLE_HEAD, caption="smallest, median and largest of all 3×3 layers")
+    for title in ("response std", "|∇| of weights", "|∇| of responses"):
+        table.add_column(title, justify="right", no_wrap=True)
     for name, record in records.items():
         layers = record.layers
         table.add_row(
-            *(name.replace("[", r"\["), str(record.step), str(record.num_images), str(len(layers))),
+            *(Text(name), str(record.step)),
             _spread([layer.response_std for layer in layers]),
             _spread([layer.gradient_norm for layer in layers]),
             _spread([layer.response_gradient_norm for layer in layers]),
         )
-    table.caption = "smallest, median and largest of all layers"
     return table
 
 

@@ -64,7 +64,8 @@ def draw(curves: Sequence[Curve]) -> Figure:
         axes.set_xlabel("rank" if axes is ranked else "3×3 layer", fontsize=9)
         axes.grid(axis="y", color="0.88", linewidth=0.6)
         axes.set_axisbelow(True)
-        axes.tick_params(labelsize=8.5)
+        axes.tick_params(which="both", labelsize=8.5)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
     title = "dashed: plain networks" if any(curve.is_plain for curve in curves) else None

@@ -137,10 +137,11 @@ class Measurement:
             return found
         snapshot = checkpoints.newest()
         assert snapshot is not None
-        if (snapshot.step, checkpoints.loaded_attempt) != (record.step, record.attempt):  # the newest one is damaged
-            earlier = checkpoints.record(snapshot.step, checkpoints.loaded_attempt)
-            assert earlier is not None
-            record, found = earlier, self._found(earlier)
+        if (snapshot.step, checkpoints.loaded_attempt) != (record.step, record.attempt):  # damaged, or a newer one came
+            other = checkpoints.record(snapshot.step, checkpoints.loaded_attempt)
+            if other is None:  # the run goes on, and has deleted it meanwhile
+                return self.record(device, cpus, say)
+            record, found = other, self._found(other)
         if found is None:
             found = self._measured(snapshot, record, device, cpus, say)
             self.run.publish(found.name, found.to_bytes())
@@ -216,11 +217,7 @@ class Measurement:
         """
         split = self.data.split("val")
         _, view, mean, _ = views_of(config, self.data)
-        batch_size, every = min(_LARGEST_BATCH, self.num_images), max(1, len(split) // self.num_images)
-        # Whole batches are read, one of ``every``: these hold what is shown, and less than twice as many.
-        read = np.flatnonzero(np.arange(len(split)) // batch_size % every == 0)
-        num_shown = min(self.num_images, len(read))
-        shown = read[np.arange(num_shown) * len(read) // num_shown]
+        batch_size, every, shown = spread(len(split), self.num_images)
         settings, limit = decode_settings(config, device, cpus), config.input.max_undecodable
         with closing(eval_input(self.data, split, view, mean, settings, batch_size, limit)) as inputs:
             for batch in inputs.batches(0, every):
@@ -243,6 +240,16 @@ class Measurement:
             for _ in range(GRADIENT_BATCHES):
                 batch = next(batches)
                 yield batch.images, batch.labels
+
+
+def spread(size: int, num_images: int) -> tuple[int, int, np.ndarray]:
+    """Which ``num_images`` of a split of ``size`` images are shown: one batch of this many images is read, of so many;
+    and of what is read these indices [n] int64 are shown, at least half.
+    """
+    batch_size, every = min(_LARGEST_BATCH, num_images), max(1, size // num_images)
+    read = np.flatnonzero(np.arange(size) // batch_size % every == 0)
+    num_shown = min(num_images, len(read))
+    return batch_size, every, read[np.arange(num_shown) * len(read) // num_shown]
 
 
 def _checkpoints(run: Storage, say: Callable[[str], None]) -> Checkpoints:

@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,7 +16,7 @@ from orchestrator.config import Family, ModelConfig, RegularizationConfig, Train
 from orchestrator.data.decoder import DecodeSettings
 from orchestrator.data.inputs import eval_input
 from orchestrator.data.shards import DataSet
-from orchestrator.evaluation.layer_record import GRADIENT_BATCHES, LayerRecord
+from orchestrator.evaluation.layer_record import GRADIENT_BATCHES, LayerRecord, spread
 from orchestrator.models import BatchNorm2d
 from orchestrator.plain import digest
 from orchestrator.storage import Storage
@@ -119,7 +120,16 @@ def test_trained_runs_are_measured_once(typed: Run, runs: Path, prepared: Path, 
     assert (tmp_path / "again.png").read_bytes() == figure
 
 
-def test_some_images_lie_evenly_over_the_split(typed: Run, runs: Path) -> None:
+@pytest.mark.parametrize(("size", "num_images"), [(50_000, 2000), (10_000, 6000), (250, 120), (30, 4), (30, 2000)])
+def test_images_lie_evenly_over_the_split(size: int, num_images: int) -> None:
+    batch_size, every, shown = spread(size, num_images)
+    assert len(set(shown.tolist())) == len(shown) == min(size, num_images)
+    assert set((shown // batch_size % every).tolist()) == {0}
+    tenths = np.histogram(shown, 10, (0, size))[0] * size / len(shown)  # each a tenth, but for where batches begin
+    assert np.abs(tenths - size / 10).max() <= every * batch_size
+
+
+def test_some_images_are_shown(typed: Run, runs: Path) -> None:
     code, said = typed("--storage", str(runs), "--name", "plain", "--num-images", "4", main=layers.main)
     assert code == 0, said
     assert record_of(runs / "plain").num_images == 4
