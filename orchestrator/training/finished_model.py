@@ -153,8 +153,8 @@ def finish_model(
     tensors: dict[str, Tensor] = {}
     if world.is_first or e.precise_bn_images:
         record = record or eventually(lambda: checkpoints.record(step, attempt), f"checkpoint of step {step}")
-        snapshot, tested = checkpoints.load(record), "average/" if config.regularization.average_decay else "model/"
-        tensors = {f"model/{n.removeprefix(tested)}": t for n, t in snapshot.tensors.items() if n.startswith(tested)}
+        snapshot = checkpoints.load(record)
+        tensors = tested_weights(config, snapshot.tensors)
         model = load_model(config, data.num_classes, tensors, f"{run.url}/{folder}")
 
     # -- its statistics ---------------------------------------------------------------------------------------------
@@ -314,6 +314,12 @@ def read_model(run: Storage, record: ModelRecord) -> dict[str, Tensor]:
         return safetensors.torch.load(data)
     except safetensors.SafetensorError as error:
         raise DigestError(f"{run.url}/{record.file} is no file of tensors: {error}") from None
+
+
+def tested_weights(config: TrainConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """model/<name> of the weights that are tested, of a checkpoint's ``tensors``: their average where there is one."""
+    tested = "average/" if config.regularization.average_decay else "model/"
+    return {f"model/{name.removeprefix(tested)}": t for name, t in tensors.items() if name.startswith(tested)}
 
 
 def load_model(config: TrainConfig, num_classes: int, tensors: dict[str, Tensor], where: str) -> nn.Module:
