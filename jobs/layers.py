@@ -72,6 +72,7 @@ def parse(argv: Sequence[str]) -> Arguments:
 def run(arguments: Arguments) -> int:
     """Measure what is not there yet, draw, and show numbers. Returns the exit code."""
     console = Console(highlight=False)
+    console = console if console.is_terminal else Console(highlight=False, width=120)  # a pipe has no width
 
     def say(text: str) -> None:
         console.print(text, markup=False, soft_wrap=True)
