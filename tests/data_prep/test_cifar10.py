@@ -28,8 +28,8 @@ from data_prep.cifar10 import Arguments, divide, main
 from data_prep.cifar_pickle import read_batch, read_class_names
 from data_prep.cifar_source import CLASSES, IMAGE_BYTES, RECORD_BYTES, Content, Images
 from data_prep.preparation import Preparation
-from orchestrator.data.shard_writer import write_planes
-from orchestrator.data.shards import DataSet, Encoding, Manifest
+from orchestrator.data.shard_writer import write_index, write_planes
+from orchestrator.data.shards import DataSet, Encoding, Manifest, ShardInfo
 from orchestrator.storage import Storage
 from tests import object_store
 from tests.data_prep.ending import run_ending
@@ -620,6 +620,20 @@ def test_a_source_that_changes_meanwhile(
             refused(capsys, str(place), tmp_path / "o", *OPTIONS, saying="was changed while it was read")
 
 
+def test_an_output_that_is_taken_over(
+    source: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def taken(out: Storage, name: str, images: np.ndarray) -> tuple[ShardInfo, int]:
+        written = write_planes(out, name, images)
+        out.publish(".parts/preparation.json", b"{}")
+        return written
+
+    monkeypatch.setattr("data_prep.cifar10.write_planes", taken)
+    refused(capsys, source, tmp_path / "o", *OPTIONS, saying="holds an unfinished preparation with another")
+    assert (tmp_path / "o/train").exists()
+    assert not (tmp_path / "o/val").exists()
+
+
 def test_an_object_store_gives_the_same_bytes(source: str, prepared: Path, tree: Callable) -> None:
     objects = object_store.Bucket.objects
     objects.clear()
@@ -720,6 +734,19 @@ def tensor(count: int = 6, side: int = 32, kind: str = "U8", start: int = 0) -> 
 def test_verify_holds_a_shard_against_the_index(spoiled: Path, shard: bytes, saying: str) -> None:
     republished(spoiled, "val", shard)
     assert any(saying in line for line in problems(spoiled)), problems(spoiled)
+
+
+def test_verify_tells_of_another_size(spoiled: Path) -> None:
+    storage, split = Storage(str(spoiled)), data_set(spoiled).split("val")
+    info, first = write_planes(storage, "val/000.safetensors", np.zeros((6, 3, 16, 64), np.uint8))
+    columns: dict[str, Any] = {name: getattr(split, name) for name in ("shard", "nbytes", "label", "decodable")}
+    columns |= {"offset": first + IMAGE_BYTES * np.arange(6), "name": split.names}
+    sha256 = write_index(storage, "val.arrow", {**columns, "width": [64] * 6, "height": [16] * 6})
+    manifest = data_set(spoiled).manifest
+    of = replace(manifest.splits["val"], index_sha256=sha256)
+    storage.publish("manifest.json", replace(manifest, splits={**manifest.splits, "val": of}).to_bytes())
+    republished(spoiled, "val", (spoiled / info.name).read_bytes())
+    assert problems(spoiled) == ["manifest.json: images of 2 sizes where all planes have one"]
 
 
 def test_verify_tells_of_an_image_twice(spoiled: Path) -> None:
