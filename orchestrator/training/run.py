@@ -3,7 +3,7 @@
 ::
 
     config.json            identity: everything that makes two runs the same run, data digest included; beside it, as
-                           labels, the recipe and where the data set was
+                           labels, the recipe, where the data set was, and MLflow's experiment
     attempts/              see ownership.py
     checkpoints/           see checkpoint.py
     logs/                  what its workers have printed (control/worker_log.py)
@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
-from orchestrator.config import TrainConfig
+from orchestrator.config import TrackingConfig, TrainConfig
 from orchestrator.data.shards import DataSet
 from orchestrator.plain import differences, digest
 from orchestrator.remote import StoreRefusedError
@@ -38,7 +38,7 @@ def run_storage(config: TrainConfig) -> Storage:
 def fix_identity(run: Storage, config: TrainConfig, data: DataSet) -> None:
     """Write the identity of a new run. Raises ValueError where the name is taken by another."""
     identity = _identity(config, data.digest)
-    labels = {"recipe": config.recipe, "data": data.storage.url}
+    labels = {"recipe": config.recipe, "data": data.storage.url, "experiment": config.tracking.experiment}
     plain = {"sha256": digest(identity), "identity": identity, **labels}
     content = json.dumps(plain, indent=1, sort_keys=True).encode()
     if not run.create("config.json", content) and _stored_identity(run) is None:
@@ -86,7 +86,8 @@ def _stored_identity(run: Storage) -> dict[str, Any] | None:
 
 
 def config_of(run: Storage, base: TrainConfig) -> TrainConfig:
-    """The config of the run in ``run``: its identity, recipe and, where ``base`` has none, data set; the rest of base.
+    """The config of the run in ``run``: its identity, recipe and, where ``base`` names none, data set and MLflow's
+    experiment; the rest of base.
 
     Raises ValueError where there is no run, or its config cannot be read.
     """
@@ -98,6 +99,8 @@ def config_of(run: Storage, base: TrainConfig) -> TrainConfig:
     if identity is None:
         raise ValueError(f"there is no run {run.url} (no config.json): give --storage and --name of one")
     plain = base.to_json() | {"recipe": content.get("recipe", ""), "data": base.data or content.get("data", "")}
+    if base.tracking.experiment == TrackingConfig.experiment:
+        plain["tracking"]["experiment"] = content.get("experiment", TrackingConfig.experiment)
     del identity["data_sha256"]
     for key, value in identity.items():
         plain[key] = plain[key] | value if isinstance(value, dict) else value

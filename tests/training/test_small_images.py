@@ -10,16 +10,26 @@ import pytest
 import torch
 from torch import nn
 
-from orchestrator.config import CropStyle, Family, InputConfig, ModelConfig, RegularizationConfig, TrainConfig
+from orchestrator.config import (
+    CropStyle,
+    Family,
+    InputConfig,
+    ModelConfig,
+    RegularizationConfig,
+    TrackingConfig,
+    TrainConfig,
+)
 from orchestrator.data.decoder import DecodeSettings
 from orchestrator.data.inputs import eval_input
 from orchestrator.data.shards import DataSet
 from orchestrator.storage import Storage
+from orchestrator.training import run as run_module
 from orchestrator.training.assembly import views_of
 from orchestrator.training.averaging import MovingAverage
 from orchestrator.training.checkpoint import weights_sha256
 from orchestrator.training.finished_model import finish_model, load_model, read_model
 from orchestrator.training.meters import cross_entropy, smoothed
+from orchestrator.training.run import fix_identity
 from orchestrator.training.validation import validate
 from orchestrator.world import World
 from tests.data.planes import build_planes, random_images
@@ -146,3 +156,13 @@ def test_the_objective_is_smoothed_and_the_loss_that_is_told_is_not(small: Path,
 def test_what_is_no_share_is_refused(field: str) -> None:
     with pytest.raises(ValueError, match=rf"regularization\.{field} must be in \[0, 1\), not 1"):
         TrainConfig(regularization=replace(RegularizationConfig(), **{field: 1.0}))
+
+
+def test_a_test_of_a_run_is_recorded_where_its_training_was(small: Path, tmp_path: Path) -> None:
+    config = replace(config_of(small, tmp_path, "r"), tracking=TrackingConfig(experiment="cifar10"))
+    run = Storage(str(tmp_path)).sub("r")
+    fix_identity(run, config, DataSet(Storage(str(small))))
+    base = TrainConfig(storage=str(tmp_path), name="r")
+    assert run_module.config_of(run, base).tracking.experiment == "cifar10"
+    named = replace(base, tracking=TrackingConfig(experiment="mine"))
+    assert run_module.config_of(run, named).tracking.experiment == "mine"
