@@ -70,7 +70,7 @@ def run(arguments: Arguments) -> int:
     drawn, not_drawn = figures(found.runs, made.others)
     report = Report(
         storages=tuple(masked(url) for url in arguments.storage),
-        counts=f"{made.num_rows_run} of the {made.num_rows} rows of the paper have a run here. {_counts(found)}",
+        counts=f"{made.num_rows_run} of the {made.num_rows} rows of the paper have a run here. Found {_counts(found)}",
         notes=tuple(filter(None, [note])),
         tables=made,
         figures=tuple(drawn),
@@ -88,9 +88,9 @@ def run(arguments: Arguments) -> int:
 
 def _counts(found: Findings) -> str:
     finished = sum(run.is_finished for run in found.runs)
-    parts = [f"{len(found.runs)} runs ({finished} finished)", f"{len(found.ensembles)} ensembles"]
-    parts += [f"{len(found.campaigns)} campaigns"]
-    parts += [f"{len(found.damaged)} that cannot be read"] if found.damaged else []
+    parts = [f"runs: {len(found.runs)} ({finished} finished)", f"ensembles: {len(found.ensembles)}"]
+    parts += [f"campaigns: {len(found.campaigns)}"]
+    parts += [f"not readable: {len(found.damaged)}"] if found.damaged else []
     return ", ".join(parts) + "."
 
 

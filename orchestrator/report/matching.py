@@ -11,7 +11,7 @@ from typing import Any
 
 from orchestrator.campaign.spread import seeds_of
 from orchestrator.config import Family, ModelConfig, Shortcut, TrainConfig
-from orchestrator.report.findings import DataFacts, Run
+from orchestrator.report.findings import DataFacts, Run, Test
 from orchestrator.report.paper import Network, Scale, Task
 
 # What the sizes tell, or what changes no number: not among the other settings.
@@ -101,16 +101,20 @@ def told(values: Sequence[float]) -> str:
 # -- against the paper ----------------------------------------------------------------------------------------------
 
 
-def against(run: Run, scale: Scale | None) -> str:
-    """The size of a run, each number that is not the paper's beside it; None: of the paper's there is none."""
-    data, steps = run.data, run.steps if run.steps is not None else None
-    paper = scale or Scale(0, 0, 0, 0, 0)
+def against(run: Run, scale: Scale | None, test: Test | None = None) -> str:
+    """The size of a run, each number that is not the paper's beside it; None: of the paper's there is none.
+
+    test: whose images count, where it is not the validation in training that the run is judged by.
+    """
+    data, paper = run.data, scale or Scale(0, 0, 0, 0, 0)
     sizes = (
         ("images", data.train_images, paper.images),
         ("classes", data.classes, paper.classes),
         ("px", run.config.input.crop_px, paper.px),
-        ("steps", steps, paper.steps),
-        ("validation images", data.validation_images, paper.tested_images),
+        ("steps", run.steps, paper.steps),
+        ("test images", test.images, paper.tested_images)
+        if test is not None and test.split == "test"
+        else ("validation images", test.images if test else data.validation_images, paper.tested_images),
     )
     parts = []
     for what, ours, papers in sizes:

@@ -107,10 +107,11 @@ class _Builder:
             return Cell("no validation yet", is_missing=True)
         return Cell(f"{told(last)}; best {told(best).partition(' (')[0]}{_unfinished(group)}")
 
-    def _against(self, group: Group, network: paper.Network) -> Cell:
+    def _against(self, group: Group, network: paper.Network, split: str, protocol: str) -> Cell:
         differing = settings(recipe_of(network, self._recipes), group.first)
-        summary = f"{len(differing)} other settings differ (in brackets: the recipe's)" if differing else ""
-        return Cell(against(group.first, network.task.scale), summary=summary, more=tuple(differing))
+        summary = f"other settings that differ: {len(differing)} (in brackets: the recipe's)" if differing else ""
+        test = next((test for run in group.by_seed if (test := run.tested(split, protocol))), None)
+        return Cell(against(group.first, network.task.scale, test), summary=summary, more=tuple(differing))
 
     # -- the paper's tables -----------------------------------------------------------------------------------------
 
@@ -171,7 +172,8 @@ class _Builder:
             cells += [Cell(row.top1), self._ours(group, top1, absent)]
             cells += [Cell(row.top5), self._ours(group, top5, absent)] if table.has_top5 else []
             cells += [self._validation(group)]
-        return [*cells, self._against(group, row.network)]
+        how = ("test", Protocol.ONE_CROP.value) if table.protocol is None else ("val", table.protocol.value)
+        return [*cells, self._against(group, row.network, *how)]
 
     def _ensembles(self) -> tuple[list[Ensemble], Table]:
         """Those of residual networks on ImageNet, and their table."""

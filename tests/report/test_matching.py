@@ -164,9 +164,10 @@ def test_tests_of_another_kind_fill_no_cell() -> None:
 
 
 def test_the_test_split_counts_in_table_6() -> None:
-    test = Test("test", "one_crop", 64_000, 9.0, 1.0, 10_000, 0)
+    test = Test("test", "one_crop", 64_000, 9.0, 1.0, 2_000, 0)
     row = rows_of(tables(Findings((made("r", cifar10.resnet20(), tests=(test,)),)), RECIPES, {}), "table-6")
     assert row["ResNet-20"][0][:5] == ["0.27M", "0.27M", "8.75", "9.00 (1 seed)", "7.50 (1 seed)"]
+    assert row["ResNet-20"][0][5] == "2,000 of 10,000 test images"
 
 
 def test_cells_lead_to_mlflow_or_to_the_list() -> None:

@@ -47,7 +47,7 @@ def files_in(folder: Path) -> set[str]:
 def test_a_report(typed: Typed, storage: Path, tmp_path: Path) -> None:
     code, text = typed("--storage", str(storage), "--out", "out")
     assert code == 0, text
-    assert "7 runs (6 finished), 1 ensembles, 1 campaigns, 1 that cannot be read" in text
+    assert "runs: 7 (6 finished), ensembles: 1, campaigns: 1, not readable: 1" in text
     assert f"warning: not in the report: {storage}/runs/broken: " in text
     written = files_in(tmp_path / "out")
     figures = sorted(name.rpartition("-")[0] for name in written if name.endswith(".png"))
@@ -98,7 +98,7 @@ def test_inside_the_storage_it_is_no_run(typed: Typed, storage: Path, tmp_path: 
     for _ in range(2):
         code, text = typed("--storage", "runs", "--out", "runs/report")
         assert code == 0, text
-        assert "1 runs (1 finished), 0 ensembles, 0 campaigns." in text
+        assert "runs: 1 (1 finished), ensembles: 0, campaigns: 0." in text
     assert (tmp_path / "runs/report/index.html").exists()
 
 
