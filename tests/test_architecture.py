@@ -30,6 +30,7 @@ FLOORS = (
     ("orchestrator.evaluation",),
     ("orchestrator.control",),
     ("orchestrator.campaign",),
+    ("orchestrator.report",),
     ("cluster",),
     ("jobs",),
 )
@@ -53,6 +54,7 @@ DOORS = {
         "data_prep.fan_out",
     ),
     "submitit": ("cluster.slurm", "cluster.slurm_start"),
+    "jinja2": ("orchestrator.report.page",),
     "prometheus_client": ("orchestrator.control.metrics",),
     "tyro": ("jobs", "data_prep", "cluster.command_line", "cluster.doctor"),
     "pickle": (),

@@ -61,6 +61,11 @@ class TimeAccount:
         total = sum(self._seconds.values())
         return {part: seconds / total for part, seconds in self._seconds.items()} if total else {}
 
+    @property
+    def seconds(self) -> float:
+        """All that is accounted for."""
+        return sum(self._seconds.values())
+
     def line(self) -> str:
         """``forward and backward 93.1 %, input 4.0 %, …``; "" where nothing is known."""
         parts = sorted(self.shares().items(), key=lambda item: -item[1])
@@ -68,14 +73,25 @@ class TimeAccount:
 
     def advice(self) -> str:
         """The bottleneck, and what could be done about it; "" where nothing is known."""
-        shares = self.shares()
-        over = {part: shares[part] - limit for part, (limit, _) in _ADVICE.items() if shares.get(part, 0.0) > limit}
+        if not self.shares():
+            return ""
+        worst = self._worst()
+        if not worst:
+            return "the network itself takes the time, as it should"
+        return f"bottleneck: {_WORDS[worst]}: {_ADVICE[worst][1]}"
+
+    def bottleneck(self) -> str:
+        """The same in few words: ``input, 12 % of the time``."""
+        shares, worst = self.shares(), self._worst()
         if not shares:
             return ""
-        if not over:
-            return "the network itself takes the time, as it should"
-        worst = max(over, key=lambda part: over[part])
-        return f"bottleneck: {_WORDS[worst]}: {_ADVICE[worst][1]}"
+        return f"{_WORDS[worst]}, {100 * shares[worst]:.0f} % of the time" if worst else "none: the network itself"
+
+    def _worst(self) -> str:
+        """The part that is most above its limit; "" where none is."""
+        shares = self.shares()
+        over = {part: shares[part] - limit for part, (limit, _) in _ADVICE.items() if shares.get(part, 0.0) > limit}
+        return max(over, key=lambda part: over[part], default="")
 
 
 def account_of(journal: Iterable[Mapping[str, Any]]) -> TimeAccount:

@@ -19,10 +19,10 @@ from typing import Any
 
 # Noise of single intervals hides the curve behind it once there are more points than pixels.
 _MAX_DRAWN_POINTS = 500
-_MARKERS = "osD^v<>pX*"
+MARKERS = "osD^v<>pX*"
 _VALIDATION_WIDTH_PT = 2.2
 _TRAINING_WIDTH_PT = 0.9
-_DASHED = (0, (4, 2))
+DASHED = (0, (4, 2))
 _EXIT_S = 30.0
 
 
@@ -158,17 +158,17 @@ def _draw(curves: Mapping[str, Curve], path: Path, title: str) -> None:
     handles: list[Any] = []
     labels: list[str] = []
     for index, (name, curve) in enumerate(curves.items()):
-        color, marker = _color(index, len(curves)), None if is_one else _MARKERS[index % len(_MARKERS)]
+        color, marker = _color(index, len(curves)), None if is_one else MARKERS[index % len(MARKERS)]
         # Markers of neighbouring runs do not fall on the same iterations.
         first = index % 10 / (10 * 9)
         if curve.training:
-            centres, means = _thinned(curve.training)
+            centres, means = thinned(curve.training)
             (line,) = axes.plot(
                 [centre / unit for centre in centres],
                 means,
                 color=color,
                 linewidth=_TRAINING_WIDTH_PT,
-                linestyle=_DASHED,
+                linestyle=DASHED,
                 marker=marker,
                 markersize=3,
                 markevery=(first, 1 / 9) if len(means) > 9 else None,
@@ -199,13 +199,13 @@ def _draw(curves: Mapping[str, Curve], path: Path, title: str) -> None:
             labels.append(f"validation{best}" if is_one else f"{' ' if name.startswith('_') else ''}{name}{best}")
     if not is_one:
         handles.append(Line2D([], [], color="0.3", linewidth=width_pt))
-        handles.append(Line2D([], [], color="0.3", linewidth=_TRAINING_WIDTH_PT, linestyle=_DASHED))
+        handles.append(Line2D([], [], color="0.3", linewidth=_TRAINING_WIDTH_PT, linestyle=DASHED))
         labels += ["validation", "training"]
 
     axes.set_xlim(0, max(last_step, 1) / unit * 1.01)
     if unit == 1:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_ylim(*_error_range(list(curves.values()), last_step))
+    axes.set_ylim(*error_range(list(curves.values()), last_step))
     _draw_learning_rates(axes, curves, unit, last_step)
     axes.set_xlabel("iterations (1e4)" if unit > 1 else "iterations")
     axes.set_ylabel("top-1 error (%)")
@@ -275,7 +275,7 @@ def _color(index: int, count: int) -> Any:
     return "black" if count == 1 else colormaps["inferno"](0.0 + 0.72 * index / (count - 1))
 
 
-def _thinned(error_by_step: Mapping[int, float]) -> tuple[list[float], list[float]]:
+def thinned(error_by_step: Mapping[int, float]) -> tuple[list[float], list[float]]:
     """At most 500 points: the means of equally many neighbours."""
     steps = sorted(error_by_step)
     size = -(-len(steps) // _MAX_DRAWN_POINTS)
@@ -286,9 +286,9 @@ def _thinned(error_by_step: Mapping[int, float]) -> tuple[list[float], list[floa
     )
 
 
-def _error_range(curves: Sequence[Curve], last_step: int) -> tuple[float, float]:
+def error_range(curves: Sequence[Curve], last_step: int) -> tuple[float, float]:
     """Lowest and highest error shown, percent: the first tenth's fall from near 100 % would flatten all the rest."""
-    shown = [_thinned(values) for curve in curves for values in (curve.training, curve.validation) if values]
+    shown = [thinned(values) for curve in curves for values in (curve.training, curve.validation) if values]
     errors = [error for _, ys in shown for error in ys]
     settled = [error for xs, ys in shown for x, error in zip(xs, ys, strict=True) if x >= 0.1 * last_step]
     low, high = min(errors), max(settled)

@@ -16,7 +16,7 @@ import shlex
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ _log = logging.getLogger(__name__)
 
 _FAILURE_TAG = "failure"
 _MAX_PARAMS_PER_CALL = 100
+_MAX_EXPERIMENTS_PER_CALL = 100
 _MONITOR_RETRY_S = 60.0
 _CHECK_TIMEOUT_S = 4.0
 
@@ -318,21 +319,45 @@ def like(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9./:@+=, -]", "_", text)
 
 
+def run_pages(uri: str) -> dict[str, str]:
+    """Addresses of the pages of all runs on the server at ``uri``, by run key, without credentials. Only reads.
+
+    {} for a database, which has no pages. Raises what MLflow raises where the server does not answer.
+    """
+    if not uri.lower().startswith(("http://", "https://")):
+        return {}
+    _set_up()
+    from mlflow import MlflowClient
+
+    parts = urlsplit(uri)
+    server = urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path.rstrip("/"), "", ""))
+    client, found = MlflowClient(uri), dict[str, tuple[int, str]]()
+    experiments = [each.experiment_id for each in _all_pages(client.search_experiments)]
+    for start in range(0, len(experiments), _MAX_EXPERIMENTS_PER_CALL):
+        some = experiments[start : start + _MAX_EXPERIMENTS_PER_CALL]
+        for run in _all_pages(lambda **token: client.search_runs(some, "tags.run_key LIKE '%'", **token)):  # noqa: B023
+            key, num_metrics = run.data.tags["run_key"], len(run.data.metrics)
+            if num_metrics >= found.get(key, (0, ""))[0]:  # an empty twin of a creation that came twice is no page
+                rest = page(run.info.experiment_id, f"runs/{run.info.run_id}")
+                found[key] = num_metrics, f"{server}/{rest}"
+    return {key: address for key, (_, address) in found.items()}
+
+
+def _all_pages(search: Callable[..., Any]) -> Iterator[Any]:
+    token = None
+    while True:
+        found = search(page_token=token)
+        yield from found
+        if not (token := found.token):
+            return
+
+
 def open_store(uri: str, experiment: str) -> tuple[Any, str]:
     """A client of the store at ``uri`` and the experiment's identity; both are created if they are missing."""
     if not uri:
         raise ValueError("no tracking URI")  # MLflow would make a database in the working directory
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # the job prints it
-    # One short try: the tracker's own backoff does the rest and hears of close() meanwhile.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    _set_up()
     from mlflow import MlflowClient
-
-    # MLflow sets its levels when it is imported. What matters of its chatter is said by these modules.
-    levels = {"mlflow": logging.ERROR, "mlflow.system_metrics": logging.CRITICAL, "alembic": logging.WARNING}
-    for name, level in levels.items():
-        logging.getLogger(name).setLevel(level)
 
     path = _sqlite_path(uri)
     if path is None:
@@ -344,6 +369,21 @@ def open_store(uri: str, experiment: str) -> tuple[Any, str]:
         client = MlflowClient(uri)
         # MLflow's own default is ./mlartifacts of whatever process comes first.
         return client, _experiment_id(client, experiment, (path.parent / "mlartifacts").as_uri())
+
+
+def _set_up() -> None:
+    """MLflow's import, with one short try a call and without its chatter."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # the job prints it
+    # One short try: the tracker's own backoff does the rest and hears of close() meanwhile.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    importlib.import_module("mlflow")
+
+    # MLflow sets its levels when it is imported. What matters of its chatter is said by these modules.
+    levels = {"mlflow": logging.ERROR, "mlflow.system_metrics": logging.CRITICAL, "alembic": logging.WARNING}
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
 
 
 def _experiment_id(client: Any, name: str, artifacts: str | None) -> str:

@@ -101,6 +101,9 @@ def test_the_bottleneck_has_a_name_and_advice(seconds: dict[str, float], worst: 
     account = bottleneck.account_of(journal_of(**seconds))
     assert account.line().startswith("forward and backward ")
     assert account.advice().startswith(worst)
+    assert account.seconds == pytest.approx(sum(seconds.values()))
+    named = worst.split(": ")[1] if worst.startswith("bottleneck") else "none"
+    assert account.bottleneck().startswith(named)
 
 
 def test_intervals_count_by_their_length() -> None:
@@ -111,7 +114,7 @@ def test_intervals_count_by_their_length() -> None:
 
 def test_a_journal_without_times_tells_nothing() -> None:
     account = bottleneck.account_of([{"kind": "train", "metrics": {"images_per_s": 3.0}}])
-    assert (account.shares(), account.line(), account.advice()) == ({}, "", "")
+    assert (account.shares(), account.line(), account.advice(), account.bottleneck()) == ({}, "", "", "")
 
 
 def test_mlflow_has_it_in_a_tag() -> None:

@@ -97,7 +97,7 @@ def test_runs_differ_in_their_markers(kind: str, tmp_path: Path, monkeypatch: py
     for path in paths:
         runs = {f"r{i}": [e for e in journal(offset=5 * i) if e["kind"] == kind] for i in range(2)}
         draw_errors(runs, path, title="two")
-        monkeypatch.setattr(curves, "_MARKERS", "o" * 10)
+        monkeypatch.setattr(curves, "MARKERS", "o" * 10)
     assert int((grey(paths[0]) != grey(paths[1])).sum()) > 40
 
 

@@ -1,0 +1,367 @@
+"""What lies in storages: runs, campaigns and ensembles, as numbers for a report. Reads, and writes nothing.
+
+What is damaged is named with its error, and the rest is read on. Object stores that refuse or are away raise as
+everywhere (StoreRefusedError, StoreUnreachableError).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import PurePosixPath
+from typing import Any, TypeVar
+
+from orchestrator.campaign import status
+from orchestrator.config import ModelConfig, TrainConfig
+from orchestrator.control.bottleneck import account_of
+from orchestrator.control.curves import Curve
+from orchestrator.data.shards import DataSet
+from orchestrator.evaluation import ensemble, scores
+from orchestrator.evaluation.results import result_events
+from orchestrator.plain import from_plain, to_plain
+from orchestrator.remote import StoreRefusedError, StoreUnreachableError
+from orchestrator.storage import Storage
+from orchestrator.training.checkpoint import newest_journal
+from orchestrator.training.finished_model import find_models
+from orchestrator.training.notices import Event
+from orchestrator.training.optimization import total_steps
+from orchestrator.training.run import config_of, data_digest, finished
+
+LAYERS = "layers"  # folder of a run: STEP-….json, an object whose list "layers" has name, response_std, gradient_norm
+_DEPTH = 3  # folders below a storage that are looked into for runs and campaigns
+_NO_RUNS = {"checkpoints", "attempts", "logs", "figures", "scores", "model", "profile"}
+# What is wrong with one file, and no reason to give up the others.
+_DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OSError)
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """A run's data set; None, or "", where it cannot be read any more and nothing else tells."""
+
+    sha256: str
+    name: str = ""
+    train_images: int | None = None
+    validation_images: int | None = None
+    classes: int | None = None
+
+
+@dataclass(frozen=True)
+class Test:
+    """What a score file of the run's own data set came to: errors in percent on ``images`` labelled images."""
+
+    __test__ = False  # no class of tests for pytest
+
+    split: str
+    protocol: str
+    step: int
+    top1: float
+    top5: float
+    images: int
+    time_ms: int
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A 3×3 layer: standard deviation of its response, after batch norm."""
+
+    name: str
+    response_std: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as its folder tells. Errors in percent, None where none was measured.
+
+    url: of its folder; campaign: name of the one it is a member of, or ""; step: of its newest measurement; steps: of
+    the whole run, None where that is not known; seconds: that the journal accounts for; layers: of the newest file,
+    as they lie; problems: what could not be read.
+    """
+
+    url: str
+    name: str
+    campaign: str
+    config: TrainConfig
+    data: DataFacts
+    step: int
+    steps: int | None
+    is_finished: bool
+    curve: Curve
+    last_top1: float | None
+    last_top5: float | None
+    best_top1: float | None
+    seconds: float
+    bottleneck: str
+    tests: tuple[Test, ...] = ()
+    layers: tuple[Layer, ...] = ()
+    problems: tuple[str, ...] = ()
+
+    def tested(self, split: str, protocol: str) -> Test | None:
+        """The newest such test of its farthest step."""
+        found = [test for test in self.tests if (test.split, test.protocol) == (split, protocol)]
+        return max(found, key=lambda test: (test.step, test.time_ms), default=None)
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """An average of members, whose networks are ``models`` (None where the record does not tell).
+
+    runs: URLs of the members' folders when it was made, or ""; errors: by labelled split, (top-1, top-5, images).
+    """
+
+    url: str
+    protocol: str
+    members: tuple[str, ...]
+    runs: tuple[str, ...]
+    models: tuple[ModelConfig | None, ...]
+    data_name: str
+    classes: int | None
+    errors: Mapping[str, tuple[float, float, int]]
+
+
+@dataclass(frozen=True)
+class Campaign:
+    """How a campaign stands: (member, its state) in its order."""
+
+    url: str
+    name: str
+    members: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Damaged:
+    """What could not be read at all, and why."""
+
+    url: str
+    error: str
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All that was found, in the order of the storages and names."""
+
+    runs: tuple[Run, ...]
+    ensembles: tuple[Ensemble, ...] = ()
+    campaigns: tuple[Campaign, ...] = ()
+    damaged: tuple[Damaged, ...] = ()
+
+
+def read(storages: Sequence[Storage]) -> Findings:
+    """Everything in ``storages``, each the folder of runs and campaigns, or above it, or itself one.
+
+    Raises ValueError where one is not there or holds nothing of the kind, OSError where it cannot be listed.
+    """
+    reader = _Reader()
+    for storage in storages:
+        before = reader.count
+        reader.look(storage, "", _DEPTH)
+        if reader.count == before and not reader.met_again:
+            if not storage.files() and not storage.folders(""):
+                raise ValueError(f"there is nothing at {storage.url}: give --storage as when the runs were started")
+            raise ValueError(
+                f"no run, campaign or ensemble is in {storage.url} (looked {_DEPTH} folders deep): give --storage as "
+                "when the runs were started"
+            )
+    return Findings(tuple(reader.runs), tuple(reader.ensembles), tuple(reader.campaigns), tuple(reader.damaged))
+
+
+class _Reader:
+    def __init__(self) -> None:
+        self.runs: list[Run] = []
+        self.ensembles: list[Ensemble] = []
+        self.campaigns: list[Campaign] = []
+        self.damaged: list[Damaged] = []
+        self.met_again = False
+        self._met: set[str] = set()
+
+    @property
+    def count(self) -> int:
+        return len(self.runs) + len(self.ensembles) + len(self.campaigns) + len(self.damaged)
+
+    def look(self, folder: Storage, campaign: str, depth: int) -> None:
+        """At ``folder``, and at what is in it, to ``depth`` folders below."""
+        self.met_again = folder.url in self._met
+        if self.met_again:  # one storage lies in another
+            return
+        self._met.add(folder.url)
+        files = set(folder.files())
+        if "config.json" in files:
+            self._take(folder, self.runs, lambda: read_run(folder, campaign))
+        elif "campaign.json" in files:
+            self._take(folder, self.campaigns, lambda: _campaign(folder))
+            name = folder.url.rpartition("/")[2]
+            for part in [*folder.folders("members"), *folder.folders("ensemble")]:
+                self.look(folder.sub(part), name, 0)
+        elif ensemble.MANIFEST in files:
+            if folder.files(scores.FOLDER):  # else a copy of the manifest, as MLflow keeps one
+                self._take(folder, self.ensembles, lambda: _ensemble(folder))
+        elif "manifest.json" not in files and depth > 0:  # a data set has many files and no runs
+            for name in folder.folders(""):
+                if not name.startswith(".") and name not in _NO_RUNS:
+                    self.look(folder.sub(name), campaign, depth - 1)
+
+    def _take(self, folder: Storage, found: list[Found], look: Callable[[], Found]) -> None:
+        try:
+            found.append(look())
+        except (StoreRefusedError, StoreUnreachableError):
+            raise
+        except _DAMAGE as error:
+            self.damaged.append(Damaged(folder.url, _said(error)))
+
+
+def _said(error: BaseException) -> str:
+    return str(error) if isinstance(error, ValueError | OSError) and str(error) else repr(error)
+
+
+# -- a run ----------------------------------------------------------------------------------------------------------
+
+
+def read_run(run: Storage, campaign: str = "") -> Run:
+    """The run in ``run``. Raises ValueError where its identity cannot be read."""
+    parent, _, name = run.url.rpartition("/")
+    config = config_of(run, TrainConfig(storage=parent or "/", name=name if not name.startswith(".") else ""))
+    problems: list[str] = []
+    outcome = None
+    try:
+        outcome = finished(run)
+    except StoreRefusedError:
+        raise
+    except ValueError as error:
+        problems.append(str(error))
+    journal = newest_journal(run)
+    if not journal and any(each.endswith(".json") for each in run.files("checkpoints")):
+        problems.append(f"no checkpoint of {run.url} has a journal that can be read")
+    events = [event for event in journal if isinstance(event, dict)]
+    curve, times = Curve.of(events), account_of(events)
+    data = _data_facts(run, config, events)
+    validations = [event["metrics"] for event in events if event.get("kind") == "validation"]
+    step = max((int(event["step"]) for event in events if "step" in event), default=0)
+    if outcome is not None:
+        step, steps = outcome.steps, outcome.steps
+    elif data.train_images or not config.schedule.max_epochs:
+        steps = total_steps(config.schedule, data.train_images or 1, config.batch.global_batch_size)
+    else:
+        steps = None
+    return Run(
+        url=run.url,
+        name=name,
+        campaign=campaign,
+        config=config,
+        data=data,
+        step=step,
+        steps=steps,
+        is_finished=outcome is not None,
+        curve=curve,
+        last_top1=outcome.validation_top1_error if outcome else _last(validations, "validation_top1_error"),
+        last_top5=outcome.validation_top5_error if outcome else _last(validations, "validation_top5_error"),
+        best_top1=outcome.best_validation_top1_error if outcome else min(curve.validation.values(), default=None),
+        seconds=times.seconds,
+        bottleneck=times.bottleneck(),
+        tests=tuple(_tests(run, problems)),
+        layers=_layers(run, problems),
+        problems=tuple(problems),
+    )
+
+
+def _last(validations: Sequence[Mapping[str, float]], key: str) -> float | None:
+    return validations[-1].get(key) if validations else None
+
+
+def _data_facts(run: Storage, config: TrainConfig, events: Sequence[Event]) -> DataFacts:
+    """From the data set itself, where it is still the one; else from what the run has left."""
+    sha256 = data_digest(run)
+    if config.data:
+        with suppress(ValueError, OSError):
+            data = DataSet(Storage(config.data))
+            if data.digest == sha256:
+                splits = data.manifest.splits
+                train, val = (splits[name].count if name in splits else None for name in ("train", "val"))
+                return DataFacts(sha256, data.manifest.name, train, val, data.num_classes)
+    facts = DataFacts(sha256)
+    for event in reversed(events):  # "epoch" is step · batch / images
+        if isinstance(epoch := event.get("epoch"), int | float) and epoch > 0:
+            images = round(event["step"] * config.batch.global_batch_size / epoch)
+            facts = replace(facts, train_images=images)
+            break
+    if models := find_models(run):
+        facts = replace(facts, classes=models[-1].num_classes)
+    for record in _records(run):
+        if record.info.data["sha256"] == sha256:
+            return replace(facts, name=str(record.info.data["name"]), classes=len(record.info.classes))
+    return facts
+
+
+def _records(run: Storage) -> Iterator[scores.ScoreRecord]:
+    for name in run.files(scores.FOLDER):
+        with suppress(ValueError, KeyError):
+            if name.endswith(".json") and (record := scores.read_record(run, f"{name[:-5]}.arrow")) is not None:
+                yield record
+
+
+def _tests(run: Storage, problems: list[str]) -> Iterator[Test]:
+    told = set()
+    for event in result_events(run):
+        told.add(event["file"])
+        if "top1_error" in event and "other_data" not in event:
+            what = (event["split"], event["protocol"], event["step"], event["top1_error"], event["top5_error"])
+            yield Test(*what, event["images"], event["time_ms"])
+    for name in run.files(scores.FOLDER):
+        if name.endswith(".json") and (file := f"{name[:-5]}.arrow") not in told:
+            try:
+                scores.load(f"{run.url}/{file}")
+            except (StoreRefusedError, StoreUnreachableError):
+                raise
+            except _DAMAGE as error:
+                problems.append(_said(error))
+
+
+def _layers(run: Storage, problems: list[str]) -> tuple[Layer, ...]:
+    """Of the file of the highest step; the next lower one where that cannot be read."""
+    steps = {name: PurePosixPath(name).name.partition("-")[0] for name in run.files(LAYERS) if name.endswith(".json")}
+    for name in sorted((n for n in steps if steps[n].isdecimal()), key=lambda n: (int(steps[n]), n), reverse=True):
+        try:
+            layers = json.loads(run.read(name))["layers"]
+            found = tuple(Layer(str(each["name"]), float(each["response_std"])) for each in layers)
+            if not all(math.isfinite(layer.response_std) for layer in found):
+                raise ValueError("a standard deviation is not finite")
+        except (StoreRefusedError, StoreUnreachableError):
+            raise
+        except _DAMAGE as error:
+            problems.append(f"{run.url}/{name} cannot be read ({_said(error)})")
+        else:
+            return found
+    return ()
+
+
+# -- campaigns and ensembles ----------------------------------------------------------------------------------------
+
+
+def _campaign(folder: Storage) -> Campaign:
+    found = status.read(folder)
+    members = tuple((row.name, f"{row.state.value}{f': {row.said}' if row.said else ''}") for row in found.rows)
+    return Campaign(folder.url, found.name, members)
+
+
+def _ensemble(folder: Storage) -> Ensemble:
+    made = ensemble.Ensemble.from_json(json.loads(folder.read(ensemble.MANIFEST)))
+    record = scores.read_record(folder, next(iter(made.scores.values())))
+    return Ensemble(
+        folder.url,
+        str(made.protocol["kind"]),
+        tuple(member.name for member in made.members),
+        tuple(str(member.model.get("run", "")) for member in made.members),
+        tuple(_model_of(member.model) for member in made.members),
+        str(made.data["name"]),
+        len(record.info.classes) if record is not None else None,
+        {split: (each.top1_error, each.top5_error, each.num_images) for split, each in made.errors.items()},
+    )
+
+
+def _model_of(record: Mapping[str, Any]) -> ModelConfig | None:
+    with suppress(ValueError, KeyError, TypeError):
+        found = from_plain(ModelConfig, to_plain(ModelConfig()) | record["config"]["model"], "model")
+        return found if isinstance(found, ModelConfig) else None
+    return None
