@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.data_prep.test_cifar10 import binary_files, tar_of
 from tests.training.group import options, small_config
 
 ROOT = Path(__file__).parents[2]
@@ -74,3 +76,34 @@ def test_your_own_model(prepared: Path, tmp_path: Path) -> None:
     refused = subprocess.run(other, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
     assert refused.returncode == 2
     assert "model.factory" in refused.stderr
+
+
+@pytest.mark.ray_cluster
+@pytest.mark.timeout(900)
+def test_reproducing_the_paper(tmp_path: Path) -> None:
+    """Its commands for CIFAR-10, on a small archive, with networks of 8 layers and runs of a few steps."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "cifar-10-binary.tar.gz").write_bytes(gzip.compress(tar_of(binary_files())))
+    script = example("reproducing_the_paper.md", "bash")
+    for place in (" /data/", " /runs", " /report", " layers.png"):
+        assert place in script
+        script = script.replace(place, f" {tmp_path}/{place.strip(' /')}{'/' * place.endswith('/')}")
+    for job, short in (
+        ("jobs/cifar10.py", "--model.depth 8 --schedule.max-steps 3 --rhythm.validation-batch-size 50"),
+        ("jobs/campaign.py", "--change model.depth=8 --change schedule.max_steps=2"),
+        ("jobs/layers.py", "--num-images 10"),
+    ):
+        script, count = re.subn(rf"(python {job} .*)", rf"\1 {short}", script)
+        assert count
+    where = environment(MLFLOW_TRACKING_URI=f"sqlite:///{tmp_path}/mlflow.db")
+    done = subprocess.run(
+        ["bash", "-ec", script], cwd=ROOT, env=where, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 problems" in done.stdout
+    assert re.search(r"resnet110, 5 seeds: test one-crop \d+\.\d\d ± \d+\.\d\d % top-1 error", done.stdout), done.stdout
+    assert "submission" not in done.stdout
+    assert (tmp_path / "layers.png").stat().st_size > 10_000
+    page = (tmp_path / "report" / "index.html").read_text()
+    for run in ("r20", "p20", "resnet110-e"):
+        assert run in page
