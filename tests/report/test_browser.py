@@ -17,7 +17,10 @@ from orchestrator.report import paper
 from tests.report.conftest import RECIPE
 
 CHROMIUM = shutil.which("chromium")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium (apt-get install chromium)")
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium (apt-get install chromium)"),
+    pytest.mark.timeout(600),  # the first test waits for the runs of all
+]
 
 # What the page is once it is loaded, written into it for --dump-dom.
 SCRIPT = """

@@ -14,6 +14,8 @@ from orchestrator.storage import Storage
 from orchestrator.training.checkpoint import newest_journal
 from orchestrator.training.run import finished
 
+pytestmark = pytest.mark.timeout(600)  # the first test waits for the runs of all
+
 
 def run_of(found: Findings, name: str) -> Run:
     (run,) = [run for run in found.runs if run.name == name]

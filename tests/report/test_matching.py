@@ -105,6 +105,15 @@ def test_runs_that_differ_in_their_seed_are_one() -> None:
     assert told([]) == ""
 
 
+def test_of_a_seed_that_ran_twice_the_farther_run_counts() -> None:
+    base = cifar10.resnet20()
+    half = made("half", base, is_finished=False, step=64_000, last_top1=50.0)
+    whole = made("whole", base, step=60_000, last_top1=8.0)
+    for runs in ([half, whole], [whole, half]):
+        (group,) = groups_of(runs)
+        assert [run.name for run in group.by_seed] == ["whole"]
+
+
 def test_the_longest_training_comes_first() -> None:
     base = cifar10.resnet20()
     short = replace(base, schedule=replace(base.schedule, max_steps=600, drop_steps=(300,)))

@@ -18,6 +18,7 @@ from orchestrator.report.findings import Findings
 from tests.mlflow_server import MlflowServer, free_port
 from tests.report.conftest import RECIPE
 
+pytestmark = pytest.mark.timeout(600)  # the first test waits for the runs of all
 Typed = Callable[..., tuple[int, str]]
 
 
