@@ -79,6 +79,7 @@ def _value(data: bytes) -> Any:
     """What the pickle ``data`` describes. Raises ValueError, IndexError, KeyError or TypeError where it is no such."""
     stack: list[Any] = []
     memo: dict[int, Any] = {}
+    room = len(data)  # for bytes made of text: each text of the file once
     for number, step in enumerate(pickletools.genops(data)):
         instruction, argument = step[0], cast(Any, step[1])
         if number == _MAX_INSTRUCTIONS:
@@ -127,6 +128,9 @@ def _value(data: bytes) -> Any:
             case "REDUCE":
                 arguments = stack.pop()
                 stack.append(_made(stack.pop(), arguments))
+                room -= len(stack[-1]) if isinstance(stack[-1], bytes) else 0
+                if room < 0:
+                    raise ValueError("it makes more bytes than it has")
             case "BUILD":
                 state = stack.pop()
                 _fill(stack[-1], state)

@@ -179,8 +179,9 @@ def _check_planes(stream: _Passing, rows: Rows, problems: _Problems, digests: np
         tensors = json.loads(stream.read(header_bytes) if header_bytes <= _MAX_HEADER_BYTES else b"")
         (name, tensor), *others = tensors.items()
         kind, (count, planes, height, width), place = (tensor[key] for key in ("dtype", "shape", "data_offsets"))
-        image_bytes = 3 * height * width
-        is_whole = place == [0, count * image_bytes] and image_bytes > 0 and type(count) is int
+        are_numbers = all(type(side) is int and 0 < side < 2**20 for side in (count, planes, height, width))
+        image_bytes = 3 * height * width if are_numbers else 0
+        is_whole = are_numbers and place == [0, count * image_bytes]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         problems.add(f"is no safetensors file with images in it ({error})")
         return

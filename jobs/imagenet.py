@@ -53,13 +53,13 @@ def resnet34() -> TrainConfig:
 
 def resnet101() -> TrainConfig:
     """ResNet-101, otherwise as resnet50. Paper 23.6 / 7.1 (1-crop), 21.75 / 6.05 (10-crop), 19.87 / 4.60 (multi-scale);
-    fb 22.4. 56 hours."""
+    fb 22.4. 55 hours."""
     return _depth(101)
 
 
 def resnet152() -> TrainConfig:
     """ResNet-152, otherwise as resnet50. Paper 23.0 / 6.7 (1-crop), 21.43 / 5.71 (10-crop), 19.38 / 4.49 (multi-scale);
-    fb 22.2. 83 hours."""
+    fb 22.2. 81 hours."""
     return _depth(152)
 
 
@@ -107,18 +107,18 @@ def vgg16() -> TrainConfig:
 
 
 def plain34_3x() -> TrainConfig:
-    """plain34 with three times the iterations. Paper, footnote 3: the degradation is still there. 78 hours."""
+    """plain34 with three times the iterations. Paper, footnote 3: the degradation is still there. 79 hours."""
     base = plain34()
     return replace(base, schedule=replace(base.schedule, max_steps=3 * base.schedule.max_steps))
 
 
 def plain50() -> TrainConfig:
-    """The plain network of 50 layers, of bottlenecks. Paper, footnote 4: those have degradation too. 28 hours."""
+    """The plain network of 50 layers, of bottlenecks. Paper, footnote 4: those have degradation too. 25 hours."""
     return _plain(50)
 
 
 def plain101() -> TrainConfig:
-    """The plain network of 101 layers, of bottlenecks, as plain50. 56 hours."""
+    """The plain network of 101 layers, of bottlenecks, as plain50. 52 hours."""
     return _plain(101)
 
 
@@ -128,7 +128,7 @@ def plain101() -> TrainConfig:
 def resnet50_large_batch() -> TrainConfig:
     """ResNet-50 (v1.5) at batch 8,192 in groups of 32 on up to 256 GPUs (Goyal et al. 2017): lr 0.1 · 8192 / 256, five
     epochs of linear warm-up, a tenth from epochs 30, 60 and 80 on, 90 in all, zero gamma, no decay on batch norm, a
-    random area. Theirs 23.74 ± 0.09 (1-crop; at batch 256 23.60 ± 0.12). 21 hours."""
+    random area. Theirs 23.74 ± 0.09 (1-crop; at batch 256 23.60 ± 0.12). 22 hours."""
     base = _usual()
     batch = BatchConfig(global_batch_size=8_192, bn_group_size=32)
     epoch = _TRAIN_IMAGES / batch.global_batch_size
@@ -152,7 +152,7 @@ def resnet50_modern() -> TrainConfig:
     """ResNet-50 (v1.5) with label smoothing 0.1, cosine from lr 0.4 at batch 1,024 after five epochs of warm-up, 120
     epochs, zero gamma, no decay on batch norm and biases, random area, and a moving average of the weights (0.9999),
     which is tested. GluonCV's ResNet50_v1b, trained so without the average and with colours changed more, has
-    22.33 / 6.18 (1-crop) where the paper has 24.7 / 7.8. 28 hours."""
+    22.33 / 6.18 (1-crop) where the paper has 24.7 / 7.8. 30 hours."""
     base = _usual()
     batch = BatchConfig(global_batch_size=1_024, bn_group_size=128)
     return replace(

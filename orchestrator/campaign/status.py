@@ -179,12 +179,13 @@ def table(status: Status) -> RenderableType:
 
 
 def over_seeds(status: Status) -> list[str]:
-    """Lines that tell mean and deviation of members that differ in their seed alone."""
-    tests = list(dict.fromkeys(key for row in status.rows for key in row.errors if key.endswith("_top1_error")))
-    configs = {row.name: row.config for row in status.rows}
+    """Lines that tell mean and deviation of members that are done and differ in their seed alone."""
+    done = [row for row in status.rows if row.state is State.DONE]
+    tests = list(dict.fromkeys(f"{_test(key)}_top1_error" for row in done for key in row.errors if _test(key)))
+    configs = {row.name: row.config for row in done}
     return [
         f"{each.what}, {len(each.members)} seeds: {_words(each.test.removesuffix('_top1_error'))} {each} top-1 error"
-        for each in spreads(configs, {row.name: row.errors for row in status.rows}, tests)
+        for each in spreads(configs, {row.name: row.errors for row in done}, tests)
     ]
 
 

@@ -19,7 +19,7 @@ import json
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from pathlib import PurePosixPath
 from typing import IO, Any
@@ -204,7 +204,7 @@ class Split:
     label: np.ndarray
     decodable: np.ndarray
     names: pa.Array
-    _reader: _Reader = field(repr=False)
+    _reader: _Reader | _Remembering = field(repr=False)
     _index: IndexCheck = field(repr=False)
 
     def check(self) -> None:
@@ -226,6 +226,10 @@ class Split:
             start = int(self.offset[i])
             requests.append((self.info.shards[self.shard[i]].name, start, start + int(self.nbytes[i])))
         return [np.frombuffer(data, np.uint8) for data in self._reader.read(requests)]
+
+    def remembered(self) -> Split:
+        """The same images; the bytes of each are read once, and stay in memory as long as this object does."""
+        return replace(self, _reader=_Remembering(self._reader))
 
     def close(self) -> None:
         """Close the shards that are open; a later ``read`` opens them again."""
@@ -294,6 +298,21 @@ class _Reader:
         if file is None:
             raise FileNotFoundError(name)
         return file
+
+
+class _Remembering:
+    """Reads through ``reader``, nothing twice."""
+
+    def __init__(self, reader: _Reader | _Remembering) -> None:
+        self._reader, self._found = reader, dict[tuple[str, int, int], bytes]()
+
+    def read(self, requests: Sequence[tuple[str, int, int]]) -> list[bytes]:
+        new = [request for request in dict.fromkeys(requests) if request not in self._found]
+        self._found |= zip(new, self._reader.read(new), strict=True)
+        return [self._found[request] for request in requests]
+
+    def close(self) -> None:
+        self._reader.close()
 
 
 class DataSet:

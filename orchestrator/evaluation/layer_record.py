@@ -12,6 +12,7 @@ the run's own.
 from __future__ import annotations
 
 import json
+import re
 import typing
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -38,6 +39,7 @@ from orchestrator.training.finished_model import load_model, tested_weights
 from orchestrator.training.run import data_digest, run_storage
 
 FOLDER = "layers"
+_NAME = re.compile(FOLDER + r"/\d+-\d+\.json")
 GRADIENT_BATCHES = 8  # of the run's global batch size
 _STREAM_SEED = 0
 _LARGEST_BATCH = 100  # validation images that go through the network at a time
@@ -80,6 +82,22 @@ class LayerRecord:
         if content["sha256"] != digest(content["measured"]):
             raise ValueError("its SHA-256 is not right")
         return typing.cast(LayerRecord, from_plain(LayerRecord, content["measured"], "measured"))
+
+
+def newest_record(run: Storage, problem: Callable[[str], None]) -> LayerRecord | None:
+    """What was measured of a run's farthest checkpoint, over most images; None where nothing was.
+
+    problem: is told of what cannot be read, in whose place the next one comes.
+    """
+    found = [name for name in run.files(FOLDER) if _NAME.fullmatch(name)]
+    for name in sorted(found, key=lambda name: tuple(map(int, re.findall(r"\d+", name))), reverse=True):
+        try:
+            return LayerRecord.from_bytes(run.read(name))
+        except StoreRefusedError:  # nothing is wrong with the file
+            raise
+        except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+            problem(f"{run.url}/{name} cannot be read ({error})")
+    return None
 
 
 def _name(step: int, asked_images: int) -> str:

@@ -23,8 +23,9 @@ from matplotlib.ticker import MaxNLocator
 from orchestrator.config import Family
 from orchestrator.control.curves import DASHED, MARKERS, Curve, draw_curves, error_range, thinned
 from orchestrator.control.description import network as words_of
+from orchestrator.evaluation.layer_responses import LayerNumbers
 from orchestrator.report import paper
-from orchestrator.report.findings import Layer, Run
+from orchestrator.report.findings import Run
 from orchestrator.report.matching import Group, groups_of, is_of_task
 from orchestrator.report.paper import Panel, PaperFigure, Task
 
@@ -225,7 +226,7 @@ def _is_cifar(run: Run) -> bool:
 
 def _response_figure(key: str, title: str, runs: Sequence[Run]) -> Figure | None:
     """Each network's longest run that has them: above in the order of the layers, below sorted."""
-    found: list[tuple[Run, tuple[Layer, ...]]] = []
+    found: list[tuple[Run, tuple[LayerNumbers, ...]]] = []
     for run in sorted(
         runs, key=lambda run: (run.config.model.family is not Family.CIFAR_PLAIN, run.config.model.depth)
     ):

@@ -7,11 +7,9 @@ everywhere (StoreRefusedError, StoreUnreachableError).
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
 from orchestrator.campaign import status
@@ -20,6 +18,8 @@ from orchestrator.control.bottleneck import account_of
 from orchestrator.control.curves import Curve
 from orchestrator.data.shards import DataSet
 from orchestrator.evaluation import ensemble, scores
+from orchestrator.evaluation.layer_record import newest_record
+from orchestrator.evaluation.layer_responses import LayerNumbers
 from orchestrator.evaluation.results import result_events
 from orchestrator.plain import from_plain, to_plain
 from orchestrator.remote import StoreRefusedError, StoreUnreachableError
@@ -30,7 +30,6 @@ from orchestrator.training.notices import Event
 from orchestrator.training.optimization import total_steps
 from orchestrator.training.run import config_of, data_digest, finished
 
-LAYERS = "layers"  # folder of a run: STEP-….json, an object whose list "layers" has name, response_std, gradient_norm
 _DEPTH = 3  # folders below a storage that are looked into for runs and campaigns
 _NO_RUNS = {"checkpoints", "attempts", "logs", "figures", "scores", "model", "profile"}
 # What is wrong with one file, and no reason to give up the others.
@@ -65,14 +64,6 @@ class Test:
 
 
 @dataclass(frozen=True)
-class Layer:
-    """A 3×3 layer: standard deviation of its response, after batch norm."""
-
-    name: str
-    response_std: float
-
-
-@dataclass(frozen=True)
 class Run:
     """A run as its folder tells. Errors in percent, None where none was measured.
 
@@ -96,7 +87,7 @@ class Run:
     seconds: float
     bottleneck: str
     tests: tuple[Test, ...] = ()
-    layers: tuple[Layer, ...] = ()
+    layers: tuple[LayerNumbers, ...] = ()
     problems: tuple[str, ...] = ()
 
     def tested(self, split: str, protocol: str) -> Test | None:
@@ -245,6 +236,7 @@ def read_run(run: Storage, campaign: str = "") -> Run:
         steps = total_steps(config.schedule, data.train_images or 1, config.batch.global_batch_size)
     else:
         steps = None
+    tests, measured = tuple(_tests(run, problems)), newest_record(run, problems.append)
     return Run(
         url=run.url,
         name=name,
@@ -260,8 +252,8 @@ def read_run(run: Storage, campaign: str = "") -> Run:
         best_top1=outcome.best_validation_top1_error if outcome else min(curve.validation.values(), default=None),
         seconds=times.seconds,
         bottleneck=times.bottleneck(),
-        tests=tuple(_tests(run, problems)),
-        layers=_layers(run, problems),
+        tests=tests,
+        layers=measured.layers if measured is not None else (),
         problems=tuple(problems),
     )
 
@@ -316,24 +308,6 @@ def _tests(run: Storage, problems: list[str]) -> Iterator[Test]:
                 raise
             except _DAMAGE as error:
                 problems.append(_said(error))
-
-
-def _layers(run: Storage, problems: list[str]) -> tuple[Layer, ...]:
-    """Of the file of the highest step; the next lower one where that cannot be read."""
-    steps = {name: PurePosixPath(name).name.partition("-")[0] for name in run.files(LAYERS) if name.endswith(".json")}
-    for name in sorted((n for n in steps if steps[n].isdecimal()), key=lambda n: (int(steps[n]), n), reverse=True):
-        try:
-            layers = json.loads(run.read(name))["layers"]
-            found = tuple(Layer(str(each["name"]), float(each["response_std"])) for each in layers)
-            if not all(math.isfinite(layer.response_std) for layer in found):
-                raise ValueError("a standard deviation is not finite")
-        except (StoreRefusedError, StoreUnreachableError):
-            raise
-        except _DAMAGE as error:
-            problems.append(f"{run.url}/{name} cannot be read ({_said(error)})")
-        else:
-            return found
-    return ()
 
 
 # -- campaigns and ensembles ----------------------------------------------------------------------------------------

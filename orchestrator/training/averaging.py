@@ -28,6 +28,7 @@ class MovingAverage:
     @cached_property
     def _tensors(self) -> tuple[list[Tensor], list[Tensor]]:
         """Averages, and what they are of. Not before the first step: until then buffers may be given other memory."""
-        of = self._of.state_dict()
-        pairs = [(mean, of[name]) for name, mean in self.model.state_dict().items() if mean.is_floating_point()]
-        return [mean for mean, _ in pairs], [tensor for _, tensor in pairs]
+        of, state = self._of.state_dict(), self.model.state_dict()
+        # A tensor that has two names (tied weights) is moved once.
+        first = {mean.data_ptr(): name for name, mean in reversed(state.items()) if mean.is_floating_point()}
+        return [state[name] for name in first.values()], [of[name] for name in first.values()]

@@ -90,7 +90,7 @@ class ClassificationStep:
     def __call__(self, batch: Batch, step: int, lr: float) -> None:
         """Do optimizer step ``step`` at learning rate ``lr``. Does not wait for the device.
 
-        A step whose gradients are not finite changes nothing; it is counted.
+        A step whose gradients are not finite changes no weight; it is counted. Their average moves on.
         """
         share = self.share
         self._meter.add_samples(self.positions(step), batch.indices)

@@ -168,14 +168,16 @@ def train(
     limit = config.input.max_undecodable
     decode = decode_settings(config, world.device, cpus, share)
     decodes, cpus_of_workers = data.manifest.encoding is Encoding.JPEG, world.gather(cpus)
-    if decodes and (candidates := open_settings(config, world.device, cpus_of_workers, share)):
+    if decodes and step < steps and (candidates := open_settings(config, world.device, cpus_of_workers, share)):
         first = step
 
         def window(number: int) -> np.ndarray:
             return take_step.positions(first + number % WINDOW_STEPS)
 
+        tried = train_split if data.storage.is_local else train_split.remembered()  # not the store is to be timed
+
         def open_input(settings: DecodeSettings) -> TrainBatches:
-            return train_input(data, train_split, stream, view, axes, mean, settings, window, 0, limit)
+            return train_input(data, tried, stream, view, axes, mean, settings, window, 0, limit)
 
         with closing(Trials(open_input, world, pulse.alive)) as trials:
             tuned = tune(decode, candidates, trials)

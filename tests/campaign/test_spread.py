@@ -12,6 +12,7 @@ from jobs import campaign as campaign_job
 from jobs import cifar10
 from orchestrator.campaign.note import CampaignNote, MemberNote, result, spreads_of
 from orchestrator.campaign.spread import seeds_of, spreads
+from orchestrator.campaign.status import Row, State, Status, over_seeds
 from orchestrator.config import TrainConfig
 from orchestrator.control.entries import RunStatus
 
@@ -61,3 +62,22 @@ def test_the_recipes_of_seeds_are_seeds() -> None:
     assert seeds_of(runs) == [tuple(f"{net}56-{letter}" for letter in "abc") for net in ("resnet", "plain")]
     assert len({config.seed for config in runs.values()}) == 6
     assert list(campaign_job.cifar10_table6().run_configs())[:2] == ["resnet20", "resnet32"]
+
+
+def test_the_table_tells_of_members_that_are_done() -> None:
+    rows = [
+        Row(
+            name=name,
+            config=config,
+            state=State.TRAINING if name == "b" else State.DONE,
+            step=1,
+            steps=1,
+            workers=1,
+            where="",
+            starts=1,
+            errors=ERRORS[name] | {"validation_top1_error": 50.0},
+        )
+        for name, config in configs().items()
+    ]
+    said = over_seeds(Status(name="x", rows=tuple(rows), last=None))
+    assert said == ["resnet20 as a, 2 seeds: test one-crop 8.65 ± 0.07 % top-1 error"]

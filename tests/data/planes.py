@@ -23,15 +23,15 @@ def random_images(seed: int, count: int, num_classes: int = 10, side: int = 32) 
     return (noise + 15 * labels[:, None, None, None]).astype(np.uint8), labels
 
 
-def build_planes(folder: Path, splits: Mapping[str, Images], shards: int = 2) -> DataSet:
-    """``splits``: by name; train's mean image is the mean that is subtracted."""
+def build_planes(folder: Path, splits: Mapping[str, Images], shards: int = 2, name: str = "planes") -> DataSet:
+    """``splits``: by name; ``name``: of the data set; train's mean image is the mean that is subtracted."""
     storage, infos = Storage(str(folder)), {}
-    for name, (images, labels) in splits.items():
+    for split, (images, labels) in splits.items():
         columns: dict[str, list[object]] = {key: [] for key in ("shard", "offset", "nbytes", "width", "height")}
         parts, nbytes = [], int(images[0].size)
         for number, part in enumerate(np.array_split(images, shards)):
             content = save({"images": part})
-            shard = ShardInfo(f"{name}/{number:03d}.safetensors", len(content), len(part), sha256_hex(content))
+            shard = ShardInfo(f"{split}/{number:03d}.safetensors", len(content), len(part), sha256_hex(content))
             storage.publish(shard.name, content)
             parts.append(shard)
             begin = len(content) - part.size
@@ -39,16 +39,16 @@ def build_planes(folder: Path, splits: Mapping[str, Images], shards: int = 2) ->
             columns["offset"] += [begin + i * nbytes for i in range(len(part))]
         columns |= {"nbytes": [nbytes] * len(images), "decodable": [1] * len(images), "label": labels.tolist()}
         columns |= {"width": [images.shape[3]] * len(images), "height": [images.shape[2]] * len(images)}
-        columns["name"] = [f"{name}/{i:05d}" for i in range(len(images))]
-        digest = write_index(storage, f"{name}.arrow", columns)
-        infos[name] = SplitInfo(len(images), f"{name}.arrow", digest, tuple(parts))
+        columns["name"] = [f"{split}/{i:05d}" for i in range(len(images))]
+        digest = write_index(storage, f"{split}.arrow", columns)
+        infos[split] = SplitInfo(len(images), f"{split}.arrow", digest, tuple(parts))
     mean = splits["train"][0].mean(0).astype(np.float32)
     axes = {"eigenvalues": np.array([14000.0, 1200.0, 290.0]), "eigenvectors": np.eye(3)[::-1].copy()}
     axes |= {"covariance": np.eye(3), "channel_mean": mean.mean((1, 2)).astype(np.float64)}
     statistics = save({"mean_image": mean, **axes})
     storage.publish("statistics.safetensors", statistics)
     manifest = Manifest(
-        name="planes",
+        name=name,
         classes=tuple(
             ClassInfo(i, f"class{i}") for i in range(max(int(labels.max()) for _, labels in splits.values()) + 1)
         ),

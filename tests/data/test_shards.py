@@ -27,6 +27,7 @@ from orchestrator.data.shards import (
     SplitInfo,
 )
 from orchestrator.storage import Storage, sha256_hex
+from tests.data.build import build, jpeg, noise_image
 
 IMAGES = [bytes([n]) * size for n, size in enumerate((1, 511, 512, 513, 0, 10_000))]
 
@@ -280,3 +281,19 @@ def test_an_unknown_encoding_is_refused(tmp_path: Path) -> None:
         Manifest.from_bytes(planes.replace(b'"planes"', b'"tiles"'))
     with pytest.raises(ValueError, match="cannot be read"):
         Manifest.from_bytes(planes.replace(b'"planes"', b"[1]"))
+
+
+def test_what_is_remembered_is_read_once(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    images = [(f"i{n}", jpeg(noise_image(rng, 20, 20)), 0) for n in range(5)]
+    split = build(tmp_path, images).split("train")
+    remembered, some = split.remembered(), np.array([3, 1, 3, 0])
+    first = remembered.read(some)
+    split.close()
+    remembered.close()
+    for shard in split.info.shards:
+        (tmp_path / shard.name).unlink()
+    for a, b, index in zip(first, remembered.read(some), some.tolist(), strict=True):
+        assert a.tobytes() == b.tobytes() == images[index][1]
+    with pytest.raises(OSError):  # noqa: PT011
+        remembered.read(np.array([4]))

@@ -64,7 +64,8 @@ def test_no_other_value_of_a_field_is_faster_by_more_than_the_margin(factors: di
         took = dict(zip(values, factors[name], strict=True))
         assert took[getattr(tuned.settings, name)] * (1 - LEAST_GAIN) <= min(took.values()) * (1 + 1e-9)
         assert took[getattr(tuned.settings, name)] <= took[getattr(START, name)]
-    assert len(table.asked) == len(set(table.asked)) == 1 + 3 + 2 + 2  # nothing is measured twice
+    assert len(set(table.asked)) == 1 + 3 + 2 + 2
+    assert len(table.asked) <= 1 + 3 + 2 + 2 + 2 * 3  # of each field the winner and what it replaces once more
 
 
 @given(st.lists(st.floats(0.96, 1.04), min_size=7, max_size=7))
@@ -88,12 +89,28 @@ def test_what_is_not_open_is_left_alone() -> None:
     assert list(tuned.to_json(1)["settings"]) == ["prefetch_batches"]
 
 
-@pytest.mark.parametrize(("trials", "expected"), [(0, START), (1, START), (3, replace(START, hw_decoder_share=0.0))])
-def test_when_time_is_up_the_best_so_far_is_taken(trials: int, expected: DecodeSettings) -> None:
-    seconds = iter([5.0, 4.0, 4.5, 1.0][:trials])
+@pytest.mark.parametrize(
+    ("trials", "expected"),
+    [(0, START), (1, START), (3, START), (5, START), (6, replace(START, hw_decoder_share=0.0))],
+)
+def test_when_time_is_up_what_is_settled_is_taken(trials: int, expected: DecodeSettings) -> None:
+    seconds = iter([5.0, 4.0, 4.5, 4.9, 4.0, 5.0][:trials])  # the last two settle the share
     tuned = tune(START, CANDIDATES, lambda settings: next(seconds, None))
     assert tuned.settings == expected
-    assert sum(map(len, tuned.seconds.values())) == trials
+
+
+def test_a_winner_that_does_not_win_again_is_not_taken() -> None:
+    for again, taken in ((4.0, 0.0), (4.9, 0.65)):
+        seconds = iter([5.0, 4.0, 4.5, 4.9, again, 5.0])
+        tuned = tune(START, {"hw_decoder_share": CANDIDATES["hw_decoder_share"]}, lambda settings, of=seconds: next(of))  # type: ignore[misc]
+        assert tuned.settings.hw_decoder_share == taken
+
+
+def test_noise_beyond_the_margin_seldom_chooses() -> None:
+    """Of numbers that scatter by 5 % around the same the least is often below the margin, and seldom twice."""
+    rng, share = np.random.default_rng(0), {"hw_decoder_share": (0.0, 0.35, 0.5, 0.65, 0.8, 1.0)}
+    moved = [tune(START, share, lambda s: float(rng.normal(1, 0.05))).settings != START for _ in range(500)]
+    assert np.mean(moved) < 0.2
 
 
 class Slow(TrainInput):

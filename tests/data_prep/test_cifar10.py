@@ -470,6 +470,9 @@ def hostile(name: str, trap: Path) -> bytes:
             return pickle.dumps({"data": np.array([[Calling(os.system, f"touch {trap}")]], object), "labels": [0]}, 2)
         case "an array to be allocated":
             return whole.replace(b"K\x00\x85U\x01b", b"\x8a\x08" + b"\xff" * 7 + b"\x0f\x85U\x01b")
+        case "bytes made again and again":
+            text = b"X" + struct.pack("<i", 10_000) + b"a" * 10_000 + b"X" + struct.pack("<i", 6) + b"latin1\x86q\x00"
+            return b"\x80\x02](c_codecs\nencode\nq\x01" + text + b"R" + b"h\x01h\x00R" * 1_000 + b"e."
         case "a shape without bytes":
             return whole.replace(b"J" + struct.pack("<i", 2) + b"J", b"J" + struct.pack("<i", 1 << 30) + b"J")
         case "a string that is not there":
@@ -509,7 +512,8 @@ def hostile(name: str, trap: Path) -> bytes:
         ("eval", "it names 'builtins eval'"),
         ("a module", "it names '__main__ x'"),
         ("objects", "something else than an array of uint8"),
-        ("an array to be allocated", "instruction LONG1"),
+        ("an array to be allocated", "something else than an array of uint8"),
+        ("bytes made again and again", "it makes more bytes than it has"),
         ("a shape without bytes", "not all there"),
         ("a string that is not there", "expected 2147483647 bytes"),
         ("a bytearray", "bytes in a bytearray8"),
@@ -712,6 +716,8 @@ def tensor(count: int = 6, side: int = 32, kind: str = "U8", start: int = 0) -> 
         (planes({"images": tensor(), "labels": tensor()}), "holds something else than one tensor images"),
         (planes({"images": {**tensor(), "shape": [6, 1, 96, 32]}}), "holds something else than one tensor images"),
         (planes({"images": {**tensor(), "shape": [6.0, 3, 32, 32]}}), "holds something else than one tensor images"),
+        (planes({"images": {**tensor(), "shape": [6, 3, 32.0, 32]}}), "holds something else than one tensor images"),
+        (planes({"images": {**tensor(), "shape": [6, 3, 2**40, 2**40]}}), "holds something else than one tensor"),
         (planes({"images": {}}), "is no safetensors file with images in it"),
         (planes([1]), "is no safetensors file with images in it"),
         (planes({}), "is no safetensors file with images in it"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,19 +9,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from orchestrator.campaign.journal import fix_identity
 from orchestrator.campaign.plan import Campaign, CampaignConfig, Member, Plan
-from orchestrator.config import EvaluationConfig, Family, ModelConfig, Protocol, TrainConfig
+from orchestrator.config import CropStyle, EvaluationConfig, Family, InputConfig, ModelConfig, Protocol, TrainConfig
 from orchestrator.data.shards import DataSet
 from orchestrator.evaluation import ensemble, scores
+from orchestrator.evaluation.layer_record import Measurement
 from orchestrator.evaluation.scores import ScoresInfo
 from orchestrator.report import findings
 from orchestrator.report.findings import Findings
 from orchestrator.storage import Storage
 from orchestrator.training.finished_model import ModelRecord
 from tests.conftest import Shared
-from tests.data.build import build, jpeg, noise_image
+from tests.data.planes import build_planes, random_images
 from tests.evaluation.score_files import softmax
 from tests.training.group import Group, small_config
 
@@ -30,12 +31,12 @@ RECIPE = "<b>x</b> & co"  # of a run whose owner has typed that
 
 
 def _cifar(folder: Path) -> Path:
-    """A data set of CIFAR-10's name and number of classes: 40 images of 10 classes."""
-    rng = np.random.default_rng(0)
-    images = [(f"{i:03d}.jpg", jpeg(noise_image(rng, 40, 40)), i % 10) for i in range(40)]
-    data = build(folder, images)
-    data.storage.publish("manifest.json", replace(data.manifest, name="CIFAR-10, a part").to_bytes())
+    """40 and 40 images of 10 classes, in memory as CIFAR-10's are."""
+    build_planes(folder, {"train": random_images(0, 40), "val": random_images(1, 40)}, name="cifar10")
     return folder
+
+
+_SMALL_IMAGES = InputConfig(crop_px=32, crop_style=CropStyle.PADDED, colour_std=0.0, test_shorter_side_px=32)
 
 
 def _config(data: Path, storage: Path, name: str, model: ModelConfig, **fields: object) -> TrainConfig:
@@ -125,19 +126,18 @@ def storage(shared: Shared, prepared: Path) -> Path:
         fix_identity(Storage(f"{runs}/six"), Plan(campaign, dict.fromkeys(campaign.run_configs(), 4)), data.digest)
         members = {name: config for name, config in campaign.run_configs().items() if name != "r50"}
         own = ModelConfig(factory="tests.training.networks:tiny")
-        _train([_config(cifar, runs, f"r20-{letter}", residual, seed=seed) for seed, letter in enumerate("abc")])
-        _train([_config(cifar, runs, "p20", plain), _config(prepared, runs, "odd", own, recipe=RECIPE)])
+        twenty = [_config(cifar, runs, f"r20-{x}", residual, seed=i, input=_SMALL_IMAGES) for i, x in enumerate("abc")]
+        _train(twenty)
+        twenty.append(_config(cifar, runs, "p20", plain, input=_SMALL_IMAGES))
+        _train([twenty[-1], _config(prepared, runs, "odd", own, recipe=RECIPE)])
         _train(list(members.values()))
 
         (runs / "r20-c/finished.json").unlink()
         for path in (runs / "r20-c/checkpoints").glob("000000004*.json"):
             path.unlink()
-        for name, steps in (("r20-a", (2, 4)), ("p20", (4,))):
-            for step in steps:
-                layers = [{"name": f"conv{i}", "response_std": step / 10 + i / 100} for i in range(19)]
-                path = runs / name / "layers" / f"{step:09d}-a000001.json"
-                path.parent.mkdir(exist_ok=True)
-                path.write_text(json.dumps({"layers": layers}))
+        for config in (twenty[0], twenty[-1]):
+            for num_images in (10, 40):
+                Measurement.of(config, num_images).record(torch.device("cpu"), 1, lambda text: None)
         shutil.copytree(runs / "r20-a", runs / "broken")
         (runs / "broken/config.json").write_text('{"sha256": ')
 

@@ -43,10 +43,12 @@ def test_numbers_are_those_of_the_files(storage: Path, found: Findings) -> None:
     assert run.best_top1 == outcome.best_validation_top1_error
     assert run.curve.validation[4] == outcome.validation_top1_error
     assert run.seconds == pytest.approx(sum(s for e in journal for s in e.get("seconds", {}).values()))
-    assert (run.data.name, run.data.train_images, run.data.classes) == ("CIFAR-10, a part", 40, 10)
+    assert (run.data.name, run.data.train_images, run.data.classes) == ("cifar10", 40, 10)
     assert run.problems == ()
     # Of the highest step.
-    assert [layer.response_std for layer in run.layers][:2] == pytest.approx([0.4, 0.41])
+    assert len(run.layers) == 19
+    file = json.loads((storage / "runs/r20-a/layers/000000004-40.json").read_text())  # over most images
+    assert [layer.response_std for layer in run.layers] == [x["response_std"] for x in file["measured"]["layers"]]
 
 
 def test_an_unfinished_run_is_one(found: Findings) -> None:
@@ -93,13 +95,13 @@ def test_damage_is_named_and_the_rest_is_read(storage: Path, tmp_path: Path) -> 
     data[-1] ^= 1
     scored.write_bytes(data)
     (tmp_path / "r/layers").mkdir()
-    (tmp_path / "r/layers/000000004-x.json").write_text('{"layers": [{"name": "conv"}]}')
+    (tmp_path / "r/layers/000000004-10.json").write_text('{"layers": [{"name": "conv"}]}')
     (run,) = findings.read([Storage(str(tmp_path))]).runs
     assert run.is_finished
     assert run.tests == ()
     assert len(run.problems) == 2
     assert "is damaged (its SHA-256 is not the recorded one)" in run.problems[0]
-    assert "layers/000000004-x.json cannot be read" in run.problems[1]
+    assert "layers/000000004-10.json cannot be read" in run.problems[1]
     for journal in (tmp_path / "r/checkpoints").rglob("journal.jsonl"):
         journal.write_text("{")
     (run,) = findings.read([Storage(str(tmp_path))]).runs

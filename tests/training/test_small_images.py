@@ -166,3 +166,18 @@ def test_a_test_of_a_run_is_recorded_where_its_training_was(small: Path, tmp_pat
     assert run_module.config_of(run, base).tracking.experiment == "cifar10"
     named = replace(base, tracking=TrackingConfig(experiment="mine"))
     assert run_module.config_of(run, named).tracking.experiment == "mine"
+
+
+def test_tied_weights_are_averaged_once() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(2, 2), nn.Linear(2, 2)
+            self.b.weight = self.a.weight
+
+    model = Tied()
+    average, before = MovingAverage(model, 0.5), model.a.weight.detach().clone()
+    with torch.no_grad():
+        model.a.weight.add_(1)
+    average.follow(0)
+    torch.testing.assert_close(average.model.state_dict()["b.weight"], before + 0.9)
