@@ -18,15 +18,17 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: setup
-	@echo "== 1/4 archives in ILSVRC's layout, generated"
+	@echo "== 1/5 archives in ILSVRC's layout, generated"
 	$(PYTHON) -m data_prep.demo --out $(DEMO)/archives
-	@echo "== 2/4 archives → shards"
+	@echo "== 2/5 archives → shards"
 	$(PYTHON) -m data_prep.ilsvrc $(DEMO)/archives --out $(DEMO)/data
-	@echo "== 3/4 what the network sees"
+	@echo "== 3/5 what the network sees"
 	$(PYTHON) jobs/contact_sheet.py resnet18_64px --data $(DEMO)/data --out $(DEMO)/contact_sheet.png
-	@echo "== 4/4 a campaign: three networks trained on Ray, tested, averaged, submitted; recorded in MLflow"
+	@echo "== 4/5 a campaign: three networks trained on Ray, tested, averaged, submitted; recorded in MLflow"
 	MLFLOW_TRACKING_URI=sqlite:///$(CURDIR)/$(DEMO)/mlflow.db $(PYTHON) jobs/campaign.py demo \
 		--data $(DEMO)/data --storage $(DEMO)/campaigns --name demo
+	@echo "== 5/5 the paper's tables and figures, and beside them what has been run"
+	$(PYTHON) jobs/report.py --storage $(DEMO)/campaigns --out $(DEMO)/report --tracking-uri sqlite:///$(CURDIR)/$(DEMO)/mlflow.db
 	@echo "== done: everything lies in $(DEMO). The same command finds all of it finished; 'make clean' starts afresh."
 
 test: lint types

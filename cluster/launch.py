@@ -3,7 +3,7 @@
 ``local.py``, ``ray_jobs.py`` and ``slurm.py`` are launchers. A launch leaves a numbered folder in the launch folder:
 
     LAUNCHES/NAME/000001/job.json     what runs, where, and by which handle it is found again (a process, an id)
-    LAUNCHES/NAME/000001/…            what the launcher writes (docs/launching.md)
+    LAUNCHES/NAME/000001/…            what the launcher writes (docs/running_on_your_cluster.md)
 """
 
 from __future__ import annotations

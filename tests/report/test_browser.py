@@ -50,9 +50,16 @@ addEventListener("load", () => {
 </body>"""
 
 
+DEMO = Path(__file__).parents[2] / "build" / "demo" / "campaigns"
+
+
 @pytest.fixture(scope="module")
 def shown(storage: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("shown")
+    return in_a_browser(storage, tmp_path_factory.mktemp("shown"))
+
+
+def in_a_browser(storage: Path, folder: Path) -> dict[str, Any]:
+    """What a browser makes of a report on ``storage``."""
     assert report.run(report.Arguments(str(folder / "report"), (str(storage),), "")) == 0
     html = (folder / "report/index.html").read_text()
     copy = folder / "report/copy.html"
@@ -123,4 +130,16 @@ def test_the_page_is_whole(shown: dict[str, Any]) -> None:
     """It needs its figures and nothing else, and no sideways scrolling."""
     assert all(source.startswith("figures/") for source in re.findall(r'src="([^"]*)"', shown["html"]))
     assert not re.search(r"<link|<script|@import|url\(|<iframe|<object", shown["html"])
+    assert shown["overflow"] <= 0
+
+
+@pytest.mark.skipif(not DEMO.exists(), reason="there is no build/demo: make demo")
+def test_the_report_of_the_demo(tmp_path: Path) -> None:
+    shown = in_a_browser(DEMO, tmp_path)
+    assert sorted(row[0] for row in shown["rows"]["runs"]) == ["demo/r18-a", "demo/r18-b", "demo/r34"]
+    assert all(row[5] == "finished" for row in shown["rows"]["runs"])
+    assert shown["images"]
+    assert all(width_px > 600 for _, width_px, *_ in shown["images"])
+    assert shown["dead"] == shown["twice"] == shown["others"] == []
+    assert all(Path(urllib.parse.unquote(urllib.parse.urlsplit(uri).path)).is_dir() for uri in shown["files"])
     assert shown["overflow"] <= 0
