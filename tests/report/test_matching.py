@@ -154,8 +154,9 @@ def test_other_settings_are_told() -> None:
     assert "regularization.label_smoothing: 0.1 (0.0)" in found
     assert 'schedule.policy: "cosine" ("steps")' in found
     # A network without a recipe of its own is compared with its task's first.
-    vgg = recipe_of(Network("VGG-16", Family.VGG, 16), RECIPES)
-    assert (vgg.model, vgg.schedule) == (ModelConfig(Family.VGG, 16), imagenet.resnet18().schedule)
+    assert recipe_of(Network("VGG-16", Family.VGG, 16), RECIPES).schedule == imagenet.vgg16().schedule
+    vgg = recipe_of(Network("VGG-19", Family.VGG, 19), RECIPES)
+    assert (vgg.model, vgg.schedule) == (ModelConfig(Family.VGG, 19), imagenet.resnet18().schedule)
     small = replace(vgg, input=InputConfig(crop_px=64), schedule=ScheduleConfig(max_steps=10))
     assert settings(vgg, made("v", small)) == []  # sizes are told elsewhere
 
