@@ -103,6 +103,10 @@ def test_members_share_a_gpu() -> None:
     starts = decide(four, journal, Facts(), one_gpu)
     assert [action.member for action in starts if isinstance(action, Start)] == list("abcd")
     assert pack(plan_of(18, 18, 18, 18), one_gpu).slots == 1
+    # Two workers of a run cannot share one, however many places there are.
+    two = plan_of(18, 18, placement=PlacementConfig(runs_per_gpu=4))
+    assert pack(two, Cluster((Node(8, 2),))).workers == {"a": 1, "b": 1}
+    assert pack(plan_of(18, 18), Cluster((Node(8, 8),))).workers == {"a": 4, "b": 4}
 
 
 def test_what_the_test_split_is_scored_for_can_be_said() -> None:
