@@ -10,9 +10,12 @@ import numpy as np
 from PIL import Image
 from safetensors.numpy import save
 
+from orchestrator.config import CropStyle
 from orchestrator.data.shard_writer import ShardWriter, write_index
 from orchestrator.data.shards import INDEX_SCHEMA, ClassInfo, DataSet, Manifest, SplitInfo
 from orchestrator.storage import Storage, sha256_hex
+
+DECODED = [style for style in CropStyle if style is not CropStyle.PADDED]  # padded ones are of images in memory
 
 
 def jpeg(pixels: np.ndarray, **options: object) -> bytes:

@@ -35,6 +35,7 @@ from orchestrator.data.views import ColourAxes, TestView, TrainView
 from orchestrator.remote import StoreUnreachableError
 from orchestrator.storage import Storage
 from tests import object_store
+from tests.data.build import DECODED
 from tests.data_prep.ending import run_ending
 
 CROP = 16
@@ -682,7 +683,7 @@ def test_each_odd_image_is_named_with_what_was_done(odd_photographs: tuple[DataS
     assert (data.split("val").decodable == 0).sum() == 4
 
 
-@pytest.mark.parametrize("style", CropStyle)
+@pytest.mark.parametrize("style", DECODED)
 def test_what_is_prepared_decodes_completely(odd_photographs: tuple[DataSet, str], style: CropStyle) -> None:
     data, _ = odd_photographs
     statistics = data.statistics()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from orchestrator.config import EvaluationConfig, ModelConfig, TrainConfig
 from orchestrator.config import Tested as Which  # no class of tests
+from orchestrator.data.inputs import TrainBatches, train_input
 from orchestrator.data.pipeline import TrainInput
 from orchestrator.data.shards import DataSet
 from orchestrator.models import BatchNorm2d
@@ -152,12 +153,12 @@ def test_precise_statistics_see_the_pixels_of_the_training(
     """The share of the JPEG engine is the checkpoint's."""
     shares = []
 
-    def opened(*arguments: Any) -> TrainInput:
-        shares.append(arguments[5].hw_decoder_share)
-        return TrainInput(*arguments)
+    def opened(*arguments: Any) -> TrainBatches:
+        shares.append(arguments[6].hw_decoder_share)
+        return train_input(*arguments)
 
     monkeypatch.setattr(Snapshot, "hw_decoder_share", 0.35)
-    monkeypatch.setattr("orchestrator.training.finished_model.TrainInput", opened)
+    monkeypatch.setattr("orchestrator.training.finished_model.train_input", opened)
     finish_model(config, World(), cpus=1, code_version="test")
     assert shares == [0.35]
 
