@@ -66,6 +66,11 @@ def parse(argv: Sequence[str]) -> Arguments:
         raise ValueError(f"--num-images must be at least 1, not {arguments.num_images}")
     for name in arguments.name or ("",):
         places_of(arguments.storage, name)
+    out = Path(arguments.out)
+    if out.suffix.lower() != ".png" or out.is_dir():
+        raise ValueError(f"--out {out} is no PNG file: give a name that ends in .png")
+    if not out.parent.is_dir():
+        raise ValueError(f"--out {out}: there is no folder {out.parent}: make it, or name another file")
     return arguments
 
 

@@ -67,10 +67,13 @@ def run(arguments: Arguments) -> int:
     pages, note = _pages(uri)
     recipes = [recipe() for recipe in (*imagenet.RECIPES.values(), *cifar10.RECIPES.values())]
     made = tables(found, recipes, pages)
-    drawn, not_drawn = figures(found.runs, made.others)
+    drawn, not_drawn = figures(found.runs, made.others, recipes)
     report = Report(
         storages=tuple(masked(url) for url in arguments.storage),
-        counts=f"{made.num_rows_run} of the {made.num_rows} rows of the paper have a run here. Found {_counts(found)}",
+        counts=(
+            f"{made.num_networks_run} of the {made.num_networks} networks of the paper's Tables 2 to 6 (its ensemble "
+            f"is one) have a run here. Found {_counts(found)}"
+        ),
         notes=tuple(filter(None, [note])),
         tables=made,
         figures=tuple(drawn),

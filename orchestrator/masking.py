@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import re
 
+# A parameter of a URL whose name ends so is a secret: shown nowhere, and refused in a storage's URL.
+SECRET_NAME = r"[\w.-]*(?:key|secret|token|password|passwd|pwd|sig|signature|credential)"
+
 
 def masked(text: str) -> str:
     """``text`` without the credentials of the URLs in it."""
     text = re.sub(r"://[^/\s]*@", "://***@", text)
-    return re.sub(r"(?i)([?&](?:\w|-)*(?:password|passwd|pwd|token|secret|signature)=)[^&\s]+", r"\1***", text)
+    text = re.sub(r'://[^\s"@/]*:[^\s"]*@', "://***@", text)  # a password may hold a slash, as AWS's keys do
+    return re.sub(rf"(?i)([?&]{SECRET_NAME}=)[^&\s]+", r"\1***", text)

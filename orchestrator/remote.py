@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from orchestrator.masking import SECRET_NAME
+
 _log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
@@ -171,7 +173,7 @@ class Line:
 def check_no_credentials(url: str) -> None:
     """Raises ValueError, without repeating them, where ``url`` holds credentials: URLs are shown and recorded."""
     address, _, query = url.partition("?")
-    names = r"(^|&)[\w.-]*(key|secret|token|password|sig|signature|credential)="
+    names = rf"(^|&){SECRET_NAME}="
     if re.search(r"://[^@]*:[^@]*@", address) or re.search(names, query, re.IGNORECASE):
         raise ValueError(f"a storage URL holds credentials: leave them out and set {_CREDENTIALS}")
 

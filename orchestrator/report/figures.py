@@ -20,14 +20,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator
 
-from orchestrator.config import Family
+from orchestrator.config import Family, ModelConfig, Shortcut, TrainConfig
 from orchestrator.control.curves import DASHED, MARKERS, Curve, draw_curves, error_range, thinned
 from orchestrator.control.description import network as words_of
-from orchestrator.evaluation.layer_responses import LayerNumbers
 from orchestrator.report import paper
 from orchestrator.report.findings import Run
-from orchestrator.report.matching import Group, groups_of, is_of_task
-from orchestrator.report.paper import Panel, PaperFigure, Task
+from orchestrator.report.matching import Group, against, groups_of, is_network, is_of_task, recipe_of, settings
+from orchestrator.report.paper import Network, Panel, PaperFigure, Task
 
 _MAX_NAMES = 3  # of runs in a legend's line
 _MAX_OTHER = 12  # curves that can still be told apart
@@ -57,19 +56,24 @@ class _Named:
     curve: Curve
 
 
-def figures(runs: Sequence[Run], other: Sequence[Run]) -> tuple[list[Figure], list[str]]:
-    """What can be drawn, and titles of what cannot, since nothing of it was run. other: what no row is about."""
+def figures(
+    runs: Sequence[Run], other: Sequence[Run], recipes: Sequence[TrainConfig]
+) -> tuple[list[Figure], list[str]]:
+    """What can be drawn, and titles of what cannot, since nothing of it was run.
+
+    other: what no row is about; recipes: the paper's, as of ``tables``.
+    """
     drawn: list[Figure] = []
     absent: list[str] = []
     for figure in paper.ERROR_FIGURES:
-        found = _error_figure(figure, runs)
+        found = _error_figure(figure, runs, recipes)
         drawn += [found] if found else []
         absent += [] if found else [figure.title]
     for key, title, of in (
         (paper.FIGURE_7_KEY, paper.FIGURE_7_TITLE, [run for run in runs if _is_cifar(run)]),
         ("figure-responses", "Standard deviation of layer responses, others", [r for r in runs if not _is_cifar(r)]),
     ):
-        responses = _response_figure(key, title, of)
+        responses = _response_figure(key, title, of, recipes)
         drawn += [responses] if responses else []
         absent += [title] if responses is None and key == paper.FIGURE_7_KEY else []
     rest = _other_figure(other)
@@ -79,21 +83,55 @@ def figures(runs: Sequence[Run], other: Sequence[Run]) -> tuple[list[Figure], li
 # -- errors ---------------------------------------------------------------------------------------------------------
 
 
-def shown(panel: Panel, task: Task, runs: Sequence[Run]) -> list[Group]:
-    """Of each network of a panel the runs that were trained longest, those of other seeds together."""
+def shown(panel: Panel, task: Task, runs: Sequence[Run], recipes: Sequence[TrainConfig]) -> list[Group]:
+    """Of each network of a panel one group of seeds: of the paper's shortcut, and as its recipe, before any other; of
+    those the one that was trained longest."""
     found = []
-    for family, depth in panel.networks:
+    for network in panel.networks:
         mine = [
             run
             for run in runs
             if not run.config.model.factory
-            and (run.config.model.family, run.config.model.depth) == (family, depth)
+            and (run.config.model.family, run.config.model.depth) == (network.family, network.depth)
             and is_of_task(task, run.data)
             and not run.curve.is_empty()
         ]
-        if mine:
-            found.append(groups_of(mine)[0])
+
+        def departs(group: Group, network: Network = network) -> tuple[bool, bool]:
+            first = group.first
+            return not is_network(network, first.config.model), not _is_as_recipe(first, network, recipes)
+
+        found += sorted(groups_of(mine), key=departs)[:1]
     return found
+
+
+def _is_as_recipe(run: Run, network: Network, recipes: Sequence[TrainConfig]) -> bool:
+    """Whether a run sets what the recipe does, or is only smaller: one of three times the steps is another thing."""
+    recipe = recipe_of(network, recipes)
+    return not settings(recipe, run) and run.config.schedule.max_steps <= recipe.schedule.max_steps
+
+
+def label_of(model: ModelConfig) -> str:
+    """A network's name; of a residual one on ImageNet with its shortcut."""
+    name = words_of(model).removeprefix("CIFAR ")
+    is_implied = model.family is Family.RESNET and model.shortcut is None and not model.factory
+    return f"{name} {Shortcut.B.value}" if is_implied else name
+
+
+def departures(labelled: Sequence[tuple[str, Run]], task: Task | None, recipes: Sequence[TrainConfig]) -> str:
+    """What of the runs in a figure is not as in the paper: sizes and settings, networks that share them together."""
+    by_text: dict[str, list[str]] = {}
+    for label, run in labelled:
+        model = run.config.model
+        parts = [against(run, task.scale if task is not None else None)]
+        if not model.factory:
+            network = Network("", model.family, model.depth, model.shortcut or Shortcut.B)
+            differing = settings(recipe_of(network, recipes), run)
+            parts += [f"other settings: {', '.join(differing)}"] if differing else []
+        if parts != ["as in the paper"]:
+            by_text.setdefault("; ".join(parts), []).append(label)
+    said = [f"{', '.join(dict.fromkeys(names))}: {text}." for text, names in by_text.items()]
+    return f" Against the paper (in brackets: its recipe): {' '.join(said)}" if said else ""
 
 
 def mean_curve(curves: Sequence[Curve]) -> Curve:
@@ -108,7 +146,7 @@ def mean_curve(curves: Sequence[Curve]) -> Curve:
 
 def _named(group: Group) -> _Named:
     runs = group.finished or group.by_seed
-    label = words_of(group.first.config.model).removeprefix("CIFAR ")
+    label = label_of(group.first.config.model)
     if len(runs) > 1:
         label += f" (mean of {len(runs)})"
     if not group.finished:
@@ -116,14 +154,18 @@ def _named(group: Group) -> _Named:
     return _Named(label, mean_curve([run.curve for run in runs]))
 
 
-def _error_figure(figure: PaperFigure, runs: Sequence[Run]) -> Figure | None:
-    panels = [(panel, [_named(group) for group in shown(panel, figure.task, runs)]) for panel in figure.panels]
+def _error_figure(figure: PaperFigure, runs: Sequence[Run], recipes: Sequence[TrainConfig]) -> Figure | None:
+    groups = [shown(panel, figure.task, runs, recipes) for panel in figure.panels]
+    panels = [(panel, [_named(group) for group in of]) for panel, of in zip(figure.panels, groups, strict=True)]
     curves = [named.curve for _, of in panels for named in of if not named.curve.is_empty()]
     if not curves:
         return None
     is_split = len(panels) == 1  # Figure 1: training and test errors side by side
     last_step = max(max([*curve.training, *curve.validation]) for curve in curves)
     count = 2 if is_split else len(panels)
+    drawn_groups = [group for of in groups for group in of]
+    is_test = all(group.first.data.validation_is_test for group in drawn_groups)
+    measured = "test error" if is_test else "validation error"
     canvas = Canvas(figsize=(1.0 + 4.2 * count, 4.2), dpi=_DPI, layout="constrained")
     axes = canvas.subplots(1, count, sharey=True, squeeze=False)[0]
     low, high = error_range(curves, last_step)
@@ -132,17 +174,21 @@ def _error_figure(figure: PaperFigure, runs: Sequence[Run]) -> Figure | None:
         parts = ("training" if number == 0 else "validation",) if is_split else ("training", "validation")
         ax.set_ylim(low, high)
         _errors(ax, of, parts, last_step)
-        words = {"training": "training error", "validation": "test error"}
+        words = {"training": "training error", "validation": measured}
         ax.set_title(f"{panel.title}: {words[parts[0]]}" if is_split else panel.title, fontsize=10)
         if number == 0:
             ax.set_ylabel("top-1 error (%)")
     names = [named.label for _, of in panels for named in of]
     drawn = ", ".join(dict.fromkeys(names))
     empty = [panel.title for panel, of in panels if not of]
-    caption = "Thin dashed lines: training error. Bold lines: test error (validation, one crop)."
+    caption = f"Thin dashed lines: training error. Bold lines: {measured} (one crop)."
+    if figure.task is Task.CIFAR10 and not is_test:
+        caption += " The paper's are errors on the test set, these on the validation images of each run's data set."
     if any("mean of" in name for name in names):
         caption += " Runs of several seeds are drawn as their mean."
     caption += f" Not run: {', '.join(empty)}." if empty else ""
+    labelled = [(label_of(group.first.config.model), group.first) for group in drawn_groups]
+    caption += departures(labelled, figure.task, recipes)
     return _png(canvas, figure.key, figure.title, caption, f"Error curves over iterations: {drawn}.")
 
 
@@ -224,26 +270,19 @@ def _is_cifar(run: Run) -> bool:
     return is_family and is_of_task(Task.CIFAR10, run.data)
 
 
-def _response_figure(key: str, title: str, runs: Sequence[Run]) -> Figure | None:
-    """Each network's longest run that has them: above in the order of the layers, below sorted."""
-    found: list[tuple[Run, tuple[LayerNumbers, ...]]] = []
-    for run in sorted(
-        runs, key=lambda run: (run.config.model.family is not Family.CIFAR_PLAIN, run.config.model.depth)
-    ):
-        same = next((i for i, (other, _) in enumerate(found) if other.config.model == run.config.model), None)
-        if run.layers and same is None:
-            found.append((run, run.layers))
-        elif run.layers and same is not None and run.step > found[same][0].step:
-            found[same] = (run, run.layers)
+def _response_figure(key: str, title: str, runs: Sequence[Run], recipes: Sequence[TrainConfig]) -> Figure | None:
+    """Of each network one run that has them: above in the order of the layers, below sorted."""
+    found = with_responses(runs, recipes)
     if not found:
         return None
+    names = [label_of(run.config.model) + _state(run) for run in found]
     canvas = Canvas(figsize=(9.4, 6.4), dpi=_DPI, layout="constrained")
     above, below = canvas.subplots(2, 1, sharex=True)
     for ax, is_sorted in ((above, False), (below, True)):
-        series = [[layer.response_std for layer in layers] for _, layers in found]
+        series = [[layer.response_std for layer in run.layers] for run in found]
         series = [sorted(values, reverse=True) for values in series] if is_sorted else series
         ax.set_ylim(0, 1.08 * max(map(max, series)))
-        for number, ((run, _), values) in enumerate(zip(found, series, strict=True)):
+        for number, (run, values) in enumerate(zip(found, series, strict=True)):
             is_plain = run.config.model.family in (Family.PLAIN, Family.CIFAR_PLAIN)
             color = _color(number, len(found))
             ax.plot(
@@ -256,7 +295,7 @@ def _response_figure(key: str, title: str, runs: Sequence[Run]) -> Figure | None
                 markersize=4,
                 markerfacecolor="white",
                 markevery=max(1, len(values) // 12),
-                label=words_of(run.config.model).removeprefix("CIFAR ") + " (unfinished)" * (not run.is_finished),
+                label=names[number],
             )
         ax.set_ylabel("std of the response")
         ax.set_xlabel("layer, sorted by magnitude" if is_sorted else "layer, in the order of the network")
@@ -268,12 +307,40 @@ def _response_figure(key: str, title: str, runs: Sequence[Run]) -> Figure | None
     legend = canvas.legend(handles, labels, loc="outside right upper", fontsize=9, frameon=False, handlelength=3.5)
     for text in legend.get_texts():
         text.set_parse_math(False)
-    names = ", ".join(words_of(run.config.model) for run, _ in found)
     caption = (
         "Standard deviation of each 3×3 layer's output after batch norm, before ReLU or addition; above in the order "
         "of the network, below by magnitude. Dashed: plain networks."
     )
-    return _png(canvas, key, title, caption, f"Responses of layers of {names}.")
+    task = Task.CIFAR10 if key == paper.FIGURE_7_KEY else None
+    caption += departures([(label_of(run.config.model), run) for run in found], task, recipes)
+    return _png(canvas, key, title, caption, f"Responses of layers of {', '.join(names)}.")
+
+
+def with_responses(runs: Sequence[Run], recipes: Sequence[TrainConfig]) -> list[Run]:
+    """Plain networks first. Of each network a run as its recipe before any other, of those the one that was measured
+    farthest."""
+    found: dict[ModelConfig, Run] = {}
+
+    def rank(run: Run) -> tuple[bool, int]:
+        model = run.config.model
+        if model.factory:
+            return True, run.layers_step
+        network = Network("", model.family, model.depth, model.shortcut or Shortcut.B)
+        return _is_as_recipe(run, network, recipes), run.layers_step
+
+    for run in runs:
+        old = found.get(run.config.model)
+        if run.layers and (old is None or rank(run) > rank(old)):
+            found[run.config.model] = run
+    plain = (Family.PLAIN, Family.CIFAR_PLAIN)
+    return sorted(found.values(), key=lambda run: (run.config.model.family not in plain, run.config.model.depth))
+
+
+def _state(run: Run) -> str:
+    """At which step a run was measured, where it has gone on since, or will."""
+    if run.layers_step < run.step:
+        return f" (at step {run.layers_step:,} of {run.steps or run.step:,})"
+    return "" if run.is_finished else f" (unfinished, step {run.layers_step:,})"
 
 
 # -- other runs -----------------------------------------------------------------------------------------------------

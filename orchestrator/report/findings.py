@@ -7,9 +7,10 @@ everywhere (StoreRefusedError, StoreUnreachableError).
 from __future__ import annotations
 
 import json
+import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
 from orchestrator.campaign import status
@@ -18,49 +19,36 @@ from orchestrator.control.bottleneck import account_of
 from orchestrator.control.curves import Curve
 from orchestrator.data.shards import DataSet
 from orchestrator.evaluation import ensemble, scores
-from orchestrator.evaluation.layer_record import newest_record
+from orchestrator.evaluation.ensemble import Choice
+from orchestrator.evaluation.layer_record import LayerRecord, newest_record
 from orchestrator.evaluation.layer_responses import LayerNumbers
-from orchestrator.evaluation.results import result_events
-from orchestrator.plain import from_plain, to_plain
+from orchestrator.plain import from_plain
 from orchestrator.remote import StoreRefusedError, StoreUnreachableError
+from orchestrator.report.tested import DAMAGE, Procedure, Test, procedure, said, tests_of
 from orchestrator.storage import Storage
 from orchestrator.training.checkpoint import newest_journal
 from orchestrator.training.finished_model import find_models
 from orchestrator.training.notices import Event
 from orchestrator.training.optimization import total_steps
-from orchestrator.training.run import config_of, data_digest, finished
+from orchestrator.training.run import Outcome, config_of, data_digest, finished
 
 _DEPTH = 3  # folders below a storage that are looked into for runs and campaigns
-_NO_RUNS = {"checkpoints", "attempts", "logs", "figures", "scores", "model", "profile"}
-# What is wrong with one file, and no reason to give up the others.
-_DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OSError)
 Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
 class DataFacts:
-    """A run's data set; None, or "", where it cannot be read any more and nothing else tells."""
+    """A run's data set; None, or "", where it cannot be read any more and nothing else tells.
+
+    validation_is_test: whether the test set stands in for the validation split; False: images apart, or no test set.
+    """
 
     sha256: str
     name: str = ""
     train_images: int | None = None
     validation_images: int | None = None
     classes: int | None = None
-
-
-@dataclass(frozen=True)
-class Test:
-    """What a score file of the run's own data set came to: errors in percent on ``images`` labelled images."""
-
-    __test__ = False  # no class of tests for pytest
-
-    split: str
-    protocol: str
-    step: int
-    top1: float
-    top5: float
-    images: int
-    time_ms: int
+    validation_is_test: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +57,7 @@ class Run:
 
     url: of its folder; campaign: name of the one it is a member of, or ""; step: of its newest measurement; steps: of
     the whole run, None where that is not known; seconds: that the journal accounts for; layers: of the newest file,
-    as they lie; problems: what could not be read.
+    as they lie, measured after layers_step; problems: what could not be read.
     """
 
     url: str
@@ -88,11 +76,13 @@ class Run:
     bottleneck: str
     tests: tuple[Test, ...] = ()
     layers: tuple[LayerNumbers, ...] = ()
+    layers_step: int = 0
     problems: tuple[str, ...] = ()
 
-    def tested(self, split: str, protocol: str) -> Test | None:
+    def tested(self, split: str, protocol: str, procedure: Procedure) -> Test | None:
         """The newest such test of its farthest step."""
-        found = [test for test in self.tests if (test.split, test.protocol) == (split, protocol)]
+        wanted = (split, protocol, procedure)
+        found = [test for test in self.tests if (test.split, test.protocol, test.procedure) == wanted]
         return max(found, key=lambda test: (test.step, test.time_ms), default=None)
 
 
@@ -100,7 +90,9 @@ class Run:
 class Ensemble:
     """An average of members, whose networks are ``models`` (None where the record does not tell).
 
-    runs: URLs of the members' folders when it was made, or ""; errors: by labelled split, (top-1, top-5, images).
+    runs: URLs of the members' folders when it was made, or ""; errors: by labelled split, (top-1, top-5, images), where
+    members were chosen on the same images of folds that had no part in it: those splits are held_out; procedures: how
+    members were tested, without what the paper does.
     """
 
     url: str
@@ -111,6 +103,9 @@ class Ensemble:
     data_name: str
     classes: int | None
     errors: Mapping[str, tuple[float, float, int]]
+    choice: Choice = Choice.PLAIN
+    held_out: tuple[str, ...] = ()
+    procedures: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -147,9 +142,9 @@ def read(storages: Sequence[Storage]) -> Findings:
     """
     reader = _Reader()
     for storage in storages:
-        before = reader.count
+        storage.files()  # what cannot be listed is refused, and is named as damaged only where it lies deeper
         reader.look(storage, "", _DEPTH)
-        if reader.count == before and not reader.met_again:
+        if not reader.has(storage):
             if not storage.files() and not storage.folders(""):
                 raise ValueError(f"there is nothing at {storage.url}: give --storage as when the runs were started")
             raise ValueError(
@@ -165,46 +160,67 @@ class _Reader:
         self.ensembles: list[Ensemble] = []
         self.campaigns: list[Campaign] = []
         self.damaged: list[Damaged] = []
-        self.met_again = False
-        self._met: set[str] = set()
+        self._looked: dict[str, int] = {}  # folder → how deep
+        self._taken: set[str] = set()
 
-    @property
-    def count(self) -> int:
-        return len(self.runs) + len(self.ensembles) + len(self.campaigns) + len(self.damaged)
+    def has(self, folder: Storage) -> bool:
+        """Whether anything was found in ``folder``, or is what it is."""
+        return any(f"{url}/".startswith(f"{folder.url.rstrip('/')}/") for url in self._taken)
 
     def look(self, folder: Storage, campaign: str, depth: int) -> None:
         """At ``folder``, and at what is in it, to ``depth`` folders below."""
-        self.met_again = folder.url in self._met
-        if self.met_again:  # one storage lies in another
+        if self._looked.get(folder.url, -1) >= depth:  # one storage lies in another
             return
-        self._met.add(folder.url)
-        files = set(folder.files())
+        self._looked[folder.url] = depth
+        try:
+            files, folders = set(folder.files()), folder.folders("")
+        except StoreUnreachableError:
+            raise
+        except OSError as error:
+            self._damaged(folder, error)
+            return
         if "config.json" in files:
             self._take(folder, self.runs, lambda: read_run(folder, campaign))
         elif "campaign.json" in files:
             self._take(folder, self.campaigns, lambda: _campaign(folder))
             name = folder.url.rpartition("/")[2]
-            for part in [*folder.folders("members"), *folder.folders("ensemble")]:
-                self.look(folder.sub(part), name, 0)
+            for part in ("members", "ensemble"):
+                if part in folders:
+                    self._look_into(folder.sub(part), name, 1)
         elif ensemble.MANIFEST in files:
-            if folder.files(scores.FOLDER):  # else a copy of the manifest, as MLflow keeps one
+            if scores.FOLDER in folders:  # else a copy of the manifest, as MLflow keeps one
                 self._take(folder, self.ensembles, lambda: _ensemble(folder))
-        elif "manifest.json" not in files and depth > 0:  # a data set has many files and no runs
-            for name in folder.folders(""):
-                if not name.startswith(".") and name not in _NO_RUNS:
+        elif "manifest.json" not in files:  # a data set has many files and no runs
+            self._look_into(folder, campaign, depth)
+
+    def _look_into(self, folder: Storage, campaign: str, depth: int) -> None:
+        if depth > 0:
+            try:
+                names = folder.folders("")
+            except StoreUnreachableError:
+                raise
+            except OSError as error:
+                self._damaged(folder, error)
+                return
+            for name in names:
+                if not name.startswith("."):
                     self.look(folder.sub(name), campaign, depth - 1)
 
     def _take(self, folder: Storage, found: list[Found], look: Callable[[], Found]) -> None:
+        if folder.url in self._taken:
+            return
+        self._taken.add(folder.url)
         try:
             found.append(look())
         except (StoreRefusedError, StoreUnreachableError):
             raise
-        except _DAMAGE as error:
-            self.damaged.append(Damaged(folder.url, _said(error)))
+        except DAMAGE as error:
+            self.damaged.append(Damaged(folder.url, said(error)))
 
-
-def _said(error: BaseException) -> str:
-    return str(error) if isinstance(error, ValueError | OSError) and str(error) else repr(error)
+    def _damaged(self, folder: Storage, error: OSError) -> None:
+        if folder.url not in self._taken:
+            self._taken.add(folder.url)
+            self.damaged.append(Damaged(folder.url, said(error)))
 
 
 # -- a run ----------------------------------------------------------------------------------------------------------
@@ -215,13 +231,7 @@ def read_run(run: Storage, campaign: str = "") -> Run:
     parent, _, name = run.url.rpartition("/")
     config = config_of(run, TrainConfig(storage=parent or "/", name=name if not name.startswith(".") else ""))
     problems: list[str] = []
-    outcome = None
-    try:
-        outcome = finished(run)
-    except StoreRefusedError:
-        raise
-    except ValueError as error:
-        problems.append(str(error))
+    outcome = _outcome(run, problems.append)
     journal = newest_journal(run)
     if not journal and any(each.endswith(".json") for each in run.files("checkpoints")):
         problems.append(f"no checkpoint of {run.url} has a journal that can be read")
@@ -236,7 +246,8 @@ def read_run(run: Storage, campaign: str = "") -> Run:
         steps = total_steps(config.schedule, data.train_images or 1, config.batch.global_batch_size)
     else:
         steps = None
-    tests, measured = tuple(_tests(run, problems)), newest_record(run, problems.append)
+    tests = tuple(tests_of(run, config, outcome.steps if outcome else 0, problems.append))
+    measured = _layers(run, problems.append)
     return Run(
         url=run.url,
         name=name,
@@ -254,8 +265,32 @@ def read_run(run: Storage, campaign: str = "") -> Run:
         bottleneck=times.bottleneck(),
         tests=tests,
         layers=measured.layers if measured is not None else (),
+        layers_step=measured.step if measured is not None else 0,
         problems=tuple(problems),
     )
+
+
+def _outcome(run: Storage, problem: Callable[[str], None]) -> Outcome | None:
+    try:
+        outcome = finished(run)
+        if outcome is not None:
+            return typing.cast(Outcome, from_plain(Outcome, asdict(outcome), "finished.json"))
+    except (StoreRefusedError, StoreUnreachableError):
+        raise
+    except (ValueError, OSError) as error:
+        problem(f"{run.url}/finished.json cannot be read ({said(error)})")
+        return None
+    if run.exists("finished.json"):
+        problem(f"{run.url}/finished.json is damaged: the run's own command makes it again")
+    return None
+
+
+def _layers(run: Storage, problem: Callable[[str], None]) -> LayerRecord | None:
+    record = newest_record(run, problem)
+    if record is not None and not all(layer.is_finite for layer in record.layers):
+        problem(f"{run.url}/{record.name} has numbers that are not finite")
+        return None
+    return record
 
 
 def _last(validations: Sequence[Mapping[str, float]], key: str) -> float | None:
@@ -271,7 +306,8 @@ def _data_facts(run: Storage, config: TrainConfig, events: Sequence[Event]) -> D
             if data.digest == sha256:
                 splits = data.manifest.splits
                 train, val = (splits[name].count if name in splits else None for name in ("train", "val"))
-                return DataFacts(sha256, data.manifest.name, train, val, data.num_classes)
+                is_test = {"val", "test"} <= splits.keys() and splits["val"] == splits["test"]
+                return DataFacts(sha256, data.manifest.name, train, val, data.num_classes, is_test)
     facts = DataFacts(sha256)
     for event in reversed(events):  # "epoch" is step · batch / images
         if isinstance(epoch := event.get("epoch"), int | float) and epoch > 0:
@@ -293,23 +329,6 @@ def _records(run: Storage) -> Iterator[scores.ScoreRecord]:
                 yield record
 
 
-def _tests(run: Storage, problems: list[str]) -> Iterator[Test]:
-    told = set()
-    for event in result_events(run):
-        told.add(event["file"])
-        if "top1_error" in event and "other_data" not in event:
-            what = (event["split"], event["protocol"], event["step"], event["top1_error"], event["top5_error"])
-            yield Test(*what, event["images"], event["time_ms"])
-    for name in run.files(scores.FOLDER):
-        if name.endswith(".json") and (file := f"{name[:-5]}.arrow") not in told:
-            try:
-                scores.load(f"{run.url}/{file}")
-            except (StoreRefusedError, StoreUnreachableError):
-                raise
-            except _DAMAGE as error:
-                problems.append(_said(error))
-
-
 # -- campaigns and ensembles ----------------------------------------------------------------------------------------
 
 
@@ -321,21 +340,30 @@ def _campaign(folder: Storage) -> Campaign:
 
 def _ensemble(folder: Storage) -> Ensemble:
     made = ensemble.Ensemble.from_json(json.loads(folder.read(ensemble.MANIFEST)))
+    if not made.scores:
+        raise ValueError(f"{folder.url}/{ensemble.MANIFEST} names no score file: make the ensemble again")
     record = scores.read_record(folder, next(iter(made.scores.values())))
+    configs = [_config_of(member.model) for member in made.members]
+    how = [procedure(made.protocol, member.model, config) for member, config in zip(made.members, configs, strict=True)]
+    errors = dict(made.errors) | dict(made.held_out)
     return Ensemble(
         folder.url,
         str(made.protocol["kind"]),
-        tuple(member.name for member in made.members),
+        tuple(str(member.name) for member in made.members),
         tuple(str(member.model.get("run", "")) for member in made.members),
-        tuple(_model_of(member.model) for member in made.members),
+        tuple(config.model if config is not None else None for config in configs),
         str(made.data["name"]),
         len(record.info.classes) if record is not None else None,
-        {split: (each.top1_error, each.top5_error, each.num_images) for split, each in made.errors.items()},
+        {split: (each.top1_error, each.top5_error, each.num_images) for split, each in errors.items()},
+        made.choice,
+        tuple(made.held_out),
+        tuple(dict.fromkeys(filter(None, map(str, how)))),
     )
 
 
-def _model_of(record: Mapping[str, Any]) -> ModelConfig | None:
+def _config_of(record: Mapping[str, Any]) -> TrainConfig | None:
+    """Of a finished model's record: model and input alone are its own."""
     with suppress(ValueError, KeyError, TypeError):
-        found = from_plain(ModelConfig, to_plain(ModelConfig()) | record["config"]["model"], "model")
-        return found if isinstance(found, ModelConfig) else None
+        plain = TrainConfig().to_json()
+        return TrainConfig.from_json(plain | {key: plain[key] | record["config"][key] for key in ("model", "input")})
     return None

@@ -11,11 +11,13 @@ from typing import Any
 
 from orchestrator.campaign.spread import seeds_of
 from orchestrator.config import Family, ModelConfig, Shortcut, TrainConfig
-from orchestrator.report.findings import DataFacts, Run, Test
+from orchestrator.report.findings import DataFacts, Run
 from orchestrator.report.paper import Network, Scale, Task
+from orchestrator.report.tested import Test
 
 # What the sizes tell, or what changes no number: not among the other settings.
-_TOLD = {"seed", "rhythm", "model.family", "model.depth", "model.shortcut", "model.factory"}
+_TOLD = {"seed", "rhythm.log_every_steps", "rhythm.checkpoint_every_steps"}
+_TOLD |= {"model.family", "model.depth", "model.shortcut", "model.factory"}
 _TOLD |= {"input.crop_px", "schedule.max_steps", "schedule.max_epochs"}
 
 
@@ -68,13 +70,18 @@ class Group:
         return tuple(run for run in self.by_seed if run.is_finished)
 
     @property
+    def counted(self) -> tuple[Run, ...]:
+        """The finished runs; while there are none, all: unfinished ones do not mix into a mean."""
+        return self.finished or self.by_seed
+
+    @property
     def images_seen(self) -> int:
         """By the run that has come farthest."""
         return max(run.step * run.config.batch.global_batch_size for run in self.runs)
 
     def values(self, of: Callable[[Run], float | None]) -> list[float]:
-        """Of the finished runs; while there are none, of all: unfinished ones do not mix into a mean."""
-        found = [of(run) for run in self.finished or self.by_seed]
+        """Finite ones, of the runs that count."""
+        found = [of(run) for run in self.counted]
         return [value for value in found if value is not None and math.isfinite(value)]
 
 
@@ -107,14 +114,14 @@ def against(run: Run, scale: Scale | None, test: Test | None = None) -> str:
     test: whose images count, where it is not the validation in training that the run is judged by.
     """
     data, paper = run.data, scale or Scale(0, 0, 0, 0, 0)
+    is_test = test.split == "test" if test is not None else data.validation_is_test is True
+    on = "test images" if is_test else "validation images"
     sizes = (
         ("images", data.train_images, paper.images),
         ("classes", data.classes, paper.classes),
         ("px", run.config.input.crop_px, paper.px),
         ("steps", run.steps, paper.steps),
-        ("test images", test.images, paper.tested_images)
-        if test is not None and test.split == "test"
-        else ("validation images", test.images if test else data.validation_images, paper.tested_images),
+        (on, test.images if test else data.validation_images, paper.tested_images),
     )
     parts = []
     for what, ours, papers in sizes:
@@ -122,6 +129,8 @@ def against(run: Run, scale: Scale | None, test: Test | None = None) -> str:
             parts.append(f"{what} not known")
         elif scale is None:
             parts.append(f"{ours:,} {what}")
+        elif what == on and on != scale.tested_on:
+            parts.append(f"{ours:,} {what} instead of {papers:,} {scale.tested_on}")
         elif ours != papers:
             parts.append(f"{ours:,} of {papers:,} {what}")
     return ", ".join(parts) or "as in the paper"

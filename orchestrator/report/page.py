@@ -14,6 +14,8 @@ from pathlib import Path
 
 import jinja2
 
+from orchestrator.evaluation import ensemble
+from orchestrator.masking import masked
 from orchestrator.report.cells import Cell, Link, Row, Table
 from orchestrator.report.figures import Figure
 from orchestrator.report.tables import Tables
@@ -46,17 +48,20 @@ def check_place(out: Storage) -> None:
     path = out.local_path("x")
     if path is not None and path.parent.exists() and not path.parent.is_dir():
         raise ValueError(f"--out {out.url} is a file: name a folder for the report")
-    for name in ("config.json", "campaign.json", "manifest.json"):
+    for name in ("config.json", "campaign.json", "manifest.json", ensemble.MANIFEST):
         if out.exists(name):
-            raise ValueError(f"--out {out.url} is the folder of a run, campaign or data set: name one of its own")
+            raise ValueError(
+                f"--out {out.url} is the folder of a run, campaign, ensemble or data set: name one of its own"
+            )
 
 
 def publish(report: Report, out: Storage) -> None:
     """Raises OSError where ``out`` cannot be written; the report before is whole then."""
+    of_text, of_page = markdown(report).encode(), page(report).encode()
     for figure in report.figures:
         out.publish(file_of(figure), figure.png)
-    out.publish(MARKDOWN, markdown(report).encode())
-    out.publish(PAGE, page(report).encode())
+    out.publish(MARKDOWN, of_text)
+    out.publish(PAGE, of_page)
     named = {file_of(figure) for figure in report.figures}
     for name in out.files(FIGURES):
         if _OURS.fullmatch(name) and name not in named:
@@ -69,11 +74,12 @@ def file_of(figure: Figure) -> str:
 
 
 def page(report: Report) -> str:
-    """The page. Every text is escaped: names and recipes are whatever a person has typed."""
+    """The page. Every text is masked and escaped: names and recipes are whatever a person has typed."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
+        finalize=lambda value: masked(value) if type(value) is str else value,  # not what a macro has made
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -134,11 +140,11 @@ def _cell(cell: Cell) -> str:
 
 
 def _link(link: Link) -> str:
-    href = link.href.replace("(", "%28").replace(")", "%29").replace("|", "%7C")
+    href = masked(link.href).replace("(", "%28").replace(")", "%29").replace("|", "%7C")
     return f"[{text(link.text)}]({href})" if href else text(link.text)
 
 
 def text(words: str) -> str:
-    """``words`` in Markdown, to be read as they are: no tag, no mark-up, no new cell."""
-    escaped = html.escape(" ".join(words.split()), quote=False)
+    """``words`` in Markdown, masked, to be read as they are: no tag, no mark-up, no new cell."""
+    escaped = html.escape(masked(" ".join(words.split())), quote=False)
     return re.sub(r"([\\`*_\[\]|~])", r"\\\1", escaped)

@@ -14,13 +14,14 @@ SOURCE = "He, Zhang, Ren, Sun: Deep Residual Learning for Image Recognition, arX
 @dataclass(frozen=True)
 class Scale:
     """The size of an experiment: images and classes of its training set, side of what the network sees in pixels,
-    optimizer steps, and images on which errors are measured."""
+    optimizer steps, and images on which errors are measured; tested_on: which these are."""
 
     images: int
     classes: int
     px: int
     steps: int
     tested_images: int
+    tested_on: str = "validation images"
 
 
 class Task(Enum):
@@ -39,7 +40,7 @@ class Task(Enum):
         """Sections 3.4, 4.1 and 4.2."""
         if self is Task.IMAGENET:
             return Scale(images=1_281_167, classes=1000, px=224, steps=600_000, tested_images=50_000)
-        return Scale(images=50_000, classes=10, px=32, steps=64_000, tested_images=10_000)
+        return Scale(50_000, classes=10, px=32, steps=64_000, tested_images=10_000, tested_on="test images")
 
 
 @dataclass(frozen=True)
@@ -172,10 +173,10 @@ CIFAR_TABLES = (TABLE_6, FIGURE_6_PLAIN)
 
 @dataclass(frozen=True)
 class Panel:
-    """One half of a figure: curves of networks by family and depth."""
+    """One half of a figure: curves of networks."""
 
     title: str
-    networks: tuple[tuple[Family, int], ...]
+    networks: tuple[Network, ...]
 
 
 @dataclass(frozen=True)
@@ -193,15 +194,15 @@ FIGURE_1 = PaperFigure(
     "figure-1",
     "Figure 1: deeper plain networks on CIFAR-10",
     Task.CIFAR10,
-    (Panel("plain networks", ((Family.CIFAR_PLAIN, 20), (Family.CIFAR_PLAIN, 56))),),
+    (Panel("plain networks", (_cifar_plain(20), _cifar_plain(56))),),
 )
 FIGURE_4 = PaperFigure(
     "figure-4",
     "Figure 4: training on ImageNet",
     Task.IMAGENET,
     (
-        Panel("plain networks", ((Family.PLAIN, 18), (Family.PLAIN, 34))),
-        Panel("residual networks", ((Family.RESNET, 18), (Family.RESNET, 34))),
+        Panel("plain networks", (_plain(18), _plain(34))),
+        Panel("residual networks", (_resnet(18, Shortcut.A), _resnet(34, Shortcut.A))),
     ),
 )
 FIGURE_6 = PaperFigure(
@@ -209,9 +210,9 @@ FIGURE_6 = PaperFigure(
     "Figure 6: training on CIFAR-10",
     Task.CIFAR10,
     (
-        Panel("plain networks", tuple((Family.CIFAR_PLAIN, d) for d in _CIFAR_DEPTHS)),
-        Panel("residual networks", tuple((Family.CIFAR_RESNET, d) for d in (*_CIFAR_DEPTHS, 110))),
-        Panel("110 and 1202 layers", ((Family.CIFAR_RESNET, 110), (Family.CIFAR_RESNET, 1202))),
+        Panel("plain networks", tuple(map(_cifar_plain, _CIFAR_DEPTHS))),
+        Panel("residual networks", tuple(map(_cifar, (*_CIFAR_DEPTHS, 110)))),
+        Panel("110 and 1202 layers", (_cifar(110), _cifar(1202))),
     ),
 )
 FIGURE_7_KEY, FIGURE_7_TITLE = "figure-7", "Figure 7: standard deviation of layer responses, CIFAR-10"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,30 +13,31 @@ from orchestrator import models
 from orchestrator.config import Family, Protocol, TrainConfig
 from orchestrator.control.description import network as words_of
 from orchestrator.control.terminal import duration
+from orchestrator.evaluation.ensemble import Choice
 from orchestrator.masking import masked
 from orchestrator.report import paper
 from orchestrator.report.cells import Cell, Link, Row, Table, folder_uri
 from orchestrator.report.findings import DataFacts, Ensemble, Findings, Run
-from orchestrator.report.matching import (
-    Group,
-    against,
-    fits,
-    groups_of,
-    is_of_task,
-    recipe_of,
-    settings,
-    told,
-)
+from orchestrator.report.group_errors import Alike, alike, error_on_test_set, in_words, unfinished
+from orchestrator.report.matching import Group, against, fits, groups_of, is_of_task, recipe_of, settings, told
 from orchestrator.report.paper import PaperTable, Task
 
 NOT_RUN, NOTHING = "not run", "–"
 _PROTOCOLS = {Protocol.TEN_CROP: "10-crop", Protocol.MULTI_SCALE: "multi-scale", Protocol.ONE_CROP: "1-crop"}
 
 
+_CHOICES = {
+    Choice.PLAIN: "all alike",
+    Choice.GREEDY: "chosen greedily on labelled images",
+    Choice.GIVEN: "weights as given",
+}
+
+
 @dataclass(frozen=True)
 class Tables:
-    """All tables of a report. absent: what was not run, or not tested as in the paper, a line each; num_rows,
-    num_rows_run: rows of the paper's tables, and those of which there is a run; others: runs that no row is about."""
+    """All tables of a report. absent: what was not run, or not tested as in the paper, a line each; num_networks,
+    num_networks_run: networks of the paper's Tables 2 to 6, the ensemble as one, each once, and those of which there
+    is a run; others: runs that no row is about."""
 
     results: tuple[Table, ...]
     other: Table | None
@@ -44,8 +45,8 @@ class Tables:
     damaged: Table | None
     campaigns: Table | None
     absent: tuple[str, ...]
-    num_rows: int
-    num_rows_run: int
+    num_networks: int
+    num_networks_run: int
     others: tuple[Run, ...]
 
 
@@ -61,7 +62,7 @@ class _Builder:
         self._shown: set[str] = set()
         self._absent: list[str] = []
         self._not_run: dict[str, list[str]] = {}
-        self._rows, self._rows_run = 0, 0
+        self._networks: dict[paper.Network | str, bool] = {}  # of Tables 2 to 6: whether it was run
 
     def build(self) -> Tables:
         results = [self._table(each) for each in paper.IMAGENET_TABLES]
@@ -77,8 +78,8 @@ class _Builder:
             self._damaged(),
             campaigns,
             (*self._lines_of_absent(), *dict.fromkeys(self._absent)),
-            self._rows,
-            self._rows_run,
+            len(self._networks),
+            sum(self._networks.values()),
             tuple(other),
         )
 
@@ -94,24 +95,23 @@ class _Builder:
     def _links(self, group: Group) -> tuple[Link, ...]:
         return tuple(map(self._link, group.runs))
 
-    def _ours(self, group: Group, of: Callable[[Run], float | None], absent: str) -> Cell:
-        values = group.values(of)
-        if not values:
-            return Cell(absent, self._links(group), is_missing=True)
-        text, links = told(values) + _unfinished(group), self._links(group)
+    def _ours(self, group: Group, text: str, absent: str) -> Cell:
+        links = self._links(group)
+        if not text:
+            return Cell(absent, links, is_missing=True)
         return Cell("", (replace(links[0], text=text),)) if len(links) == 1 else Cell(text, links)
 
     def _validation(self, group: Group) -> Cell:
         last, best = group.values(lambda run: run.last_top1), group.values(lambda run: run.best_top1)
         if not last:
             return Cell("no validation yet", is_missing=True)
-        return Cell(f"{told(last)}; best {told(best).partition(' (')[0]}{_unfinished(group)}")
+        return Cell(f"{told(last)}; best {told(best).partition(' (')[0]}{unfinished(group)}")
 
-    def _against(self, group: Group, network: paper.Network, split: str, protocol: str) -> Cell:
+    def _against(self, group: Group, network: paper.Network, tests: Alike | None) -> Cell:
         differing = settings(recipe_of(network, self._recipes), group.first)
         summary = f"other settings that differ: {len(differing)} (in brackets: the recipe's)" if differing else ""
-        test = next((test for run in group.by_seed if (test := run.tested(split, protocol))), None)
-        return Cell(against(group.first, network.task.scale, test), summary=summary, more=tuple(differing))
+        size = against(group.first, network.task.scale, tests.any if tests is not None else None)
+        return Cell(size, summary=summary, more=tuple(differing))
 
     # -- the paper's tables -----------------------------------------------------------------------------------------
 
@@ -124,7 +124,7 @@ class _Builder:
                 "parameters: ours",
                 "paper's error, %",
                 "our error after the last step, %",
-                "our best, %",
+                "our best validation, %",
             ]
         else:
             kinds = ("top-1", "top-5") if table.has_top5 else ("top-1",)
@@ -134,8 +134,8 @@ class _Builder:
         rows: list[Row] = []
         for row in table.rows:
             groups = groups_of([r for r in self._findings.runs if fits(row.network, r.config.model, r.data)])
-            self._rows += 1
-            self._rows_run += bool(groups)
+            if table is not paper.FIGURE_6_PLAIN:
+                self._networks[row.network] = bool(groups)
             if not groups:
                 self._not_run.setdefault(table.title.partition(":")[0], []).append(row.network.label)
                 rows.append(_empty(row, columns))
@@ -152,35 +152,29 @@ class _Builder:
                 Cell(f"{_parameters(row.network) / 1e6:.2f}M"),
                 _or_nothing(row.top1),
             ]
-            cells += [self._ours(group, _error_of_cifar, "no error yet")]
-            cells += [self._ours(group, lambda run: run.best_top1, "no error yet")]
+            error = error_on_test_set(group)
+            cells += [self._ours(group, error.text, "no error yet")]
+            cells += [self._ours(group, in_words(group, lambda run: run.best_top1), "no error yet")]
+            return [*cells, self._against(group, row.network, error.tests)]
+        absent = f"not tested by {_PROTOCOLS[table.protocol]}"
+        tests = next(iter(alike(group, "val", table.protocol.value)), None)
+        place = f"{table.title.partition(':')[0]}: {row.network.label}"
+        if tests is None:
+            self._absent.append(f"{place}: trained, {absent}")
+            top1 = top5 = ""
         else:
-            name = table.protocol.value
-            absent = f"not tested by {_PROTOCOLS[table.protocol]}"
-            tested = any(run.tested("val", name) for run in group.runs)
-            if not tested:
-                self._absent.append(f"{table.title.partition(':')[0]}: {row.network.label}: trained, {absent}")
-
-            def top1(run: Run) -> float | None:
-                test = run.tested("val", name)
-                return test.top1 if test else None
-
-            def top5(run: Run) -> float | None:
-                test = run.tested("val", name)
-                return test.top5 if test else None
-
-            cells += [Cell(row.top1), self._ours(group, top1, absent)]
-            cells += [Cell(row.top5), self._ours(group, top5, absent)] if table.has_top5 else []
-            cells += [self._validation(group)]
-        how = ("test", Protocol.ONE_CROP.value) if table.protocol is None else ("val", table.protocol.value)
-        return [*cells, self._against(group, row.network, *how)]
+            if tests.procedure.departures:
+                self._absent.append(f"{place}: tested otherwise than in the paper: {tests.procedure}")
+            top1, top5 = (in_words(group, of, tests.procedure) for of in (tests.top1, tests.top5))
+        cells += [Cell(row.top1), self._ours(group, top1, absent)]
+        cells += [Cell(row.top5), self._ours(group, top5, absent)] if table.has_top5 else []
+        return [*cells, self._validation(group), self._against(group, row.network, tests)]
 
     def _ensembles(self) -> tuple[list[Ensemble], Table]:
         """Those of residual networks on ImageNet, and their table."""
         used = [each for each in self._findings.ensembles if _is_papers(each)]
         label, top5 = Cell(paper.ENSEMBLE_LABEL), Cell(f"{paper.ENSEMBLE_TOP5} (test)")
-        self._rows += 1
-        self._rows_run += bool(used)
+        self._networks[paper.ENSEMBLE_LABEL] = bool(used)
         rows = [Row((label, top5, *self._ensemble(each))) for each in used]
         if not used:
             self._not_run[paper.TABLE_5_TITLE.partition(":")[0]] = [paper.ENSEMBLE_LABEL]
@@ -201,16 +195,22 @@ class _Builder:
 
     def _ensemble(self, found: Ensemble) -> list[Cell]:
         """top-5, top-1, size, members."""
+        chosen = _CHOICES[found.choice]
+
+        def of(split: str) -> str:
+            parts = [split, _protocol(found.protocol)]
+            parts += ["held out from the choice"] if split in found.held_out else []
+            return ", ".join(parts)
+
+        otherwise = f"; {'; '.join(found.procedures)}" if found.procedures else ""
         texts = [
-            "; ".join(
-                f"{error[place]:.2f} ({split}, {_protocol(found.protocol)})" for split, error in found.errors.items()
-            )
-            for place in (1, 0)
+            "; ".join(f"{error[place]:.2f} ({of(split)})" for split, error in found.errors.items()) for place in (1, 0)
         ]
         link = (Link("folder", folder_uri(found.url)),)
+        texts = [text and text + otherwise for text in texts]
         cells = [Cell(text or "no split with labels", link, is_missing=not text) for text in texts]
         images = ", ".join(f"{error[2]:,} images of {split}" for split, error in found.errors.items())
-        size = f"{len(found.members)} of {paper.ENSEMBLE_MEMBERS} members, on {found.data_name}"
+        size = f"{len(found.members)} of {paper.ENSEMBLE_MEMBERS} members, {chosen}, on {found.data_name}"
         if found.classes not in (None, Task.IMAGENET.scale.classes):
             size += f", {found.classes:,} of {Task.IMAGENET.scale.classes:,} classes"
         networks = [words_of(model) if model else name for name, model in zip(found.members, found.models, strict=True)]
@@ -229,9 +229,10 @@ class _Builder:
             run = group.first
             tests = dict.fromkeys((t.split, t.protocol) for each in group.runs for t in each.tests)
             told_tests = [
-                f"{split} by {_protocol(name)}: {told(values)}"
+                f"{split} by {_protocol(name)}: {said}"
                 for split, name in tests
-                if (values := group.values(_of_test(split, name)))
+                for each in alike(group, split, name)
+                if (said := in_words(group, each.top1, each.procedure))
             ]
             rows.append(
                 Row(
@@ -311,35 +312,11 @@ _NOTE_RUNS = (
 def _note(table: PaperTable) -> str:
     if table.protocol is None:
         return (
-            "Ours after the last step, as in the paper, and the best validation beside it, chosen by the same images."
-            " Of runs that scored the test split by one crop it is that split's error."
+            "Ours after the last step: of the test set where that was scored or validates, of one split for all seeds; "
+            "each cell says which. The best validation beside it is chosen by the same images."
         )
     how = _PROTOCOLS[table.protocol]
     return f"Ours by {how} on the validation images of the run's own data set. Errors in training are of one crop."
-
-
-def _unfinished(group: Group) -> str:
-    lacking = len(group.by_seed) - len(group.finished)
-    if not lacking:
-        return ""
-    if group.finished:
-        return f"; {lacking} more unfinished"
-    run = max(group.by_seed, key=lambda each: each.step)
-    return f", unfinished: step {run.step:,}" + (f" of {run.steps:,}" if run.steps is not None else "")
-
-
-def _error_of_cifar(run: Run) -> float | None:
-    """Of the test split where that was scored after training, else of the last validation."""
-    test = run.tested("test", Protocol.ONE_CROP.value)
-    return test.top1 if test else run.last_top1
-
-
-def _of_test(split: str, protocol: str) -> Callable[[Run], float | None]:
-    def of(run: Run) -> float | None:
-        test = run.tested(split, protocol)
-        return test.top1 if test else None
-
-    return of
 
 
 def _errors(top1: float | None, top5: float | None) -> str:

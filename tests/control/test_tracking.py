@@ -270,3 +270,14 @@ def test_credentials_are_masked() -> None:
     assert masked("postgresql://host/db?user=me&password=p&sslmode=on") == (
         "postgresql://host/db?user=me&password=***&sslmode=on"
     )
+    # All that a storage's URL is refused for.
+    for url in (
+        "https://host/x?api_key=hush",
+        "https://host/x?a=1&sig=hush",
+        "https://host/x?access_key=hush",
+        "https://host/x?aws.credential=hush",
+        "s3://AKIDEXAMPLE:wJalr/K7MDENG/hush@bucket/x",
+    ):
+        assert "hush" not in masked(f"at {url} and on")
+    for shown in ("http://host:5000/#/x", "s3://bucket/a b@c", "http://host/x?sort=key&page=3"):
+        assert masked(shown) == shown

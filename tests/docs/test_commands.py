@@ -19,6 +19,8 @@ import tyro
 ROOT = Path(__file__).parents[2]
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md", *sorted((ROOT / "docs").glob("*.md")))
 OWN = re.compile(r"(jobs/\w+\.py|-m (?:jobs|data_prep|cluster|benchmarks)[\w.]*)")
+# At least so many commands are found on a page: a way of writing them that is not read would pass unseen.
+LEAST = {"README.md": 20, "running_on_your_cluster.md": 5, "reproducing_the_paper.md": 10}
 # Read their words without tyro.
 OTHERS = {"benchmarks.scale", "benchmarks.tracking"}
 
@@ -71,11 +73,16 @@ def understood(command: str, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_is_understood(page: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
     monkeypatch.delenv("RANK", raising=False)
-    wrong = {}
-    for command in commands(page):
+    wrong, found = {}, commands(page)
+    assert len(found) >= LEAST.get(page.name, 0)
+    for command in found:
         if not any(name in command for name in OTHERS) and (said := understood(command, monkeypatch)):
             wrong[command] = f"{said}: {capfd.readouterr().err[-300:]}"
     assert not wrong
+
+
+def test_pages_with_commands_are_there() -> None:
+    assert LEAST.keys() <= {page.name for page in PAGES}
 
 
 def test_the_front_door_has_the_commands_that_matter() -> None:

@@ -175,4 +175,6 @@ def test_what_cannot_be_measured_is_refused(typed: Run, runs: Path, prepared: Pa
     refused("--name", "plain", "vgg", saying="has no 3×3 convolution that batch norm follows")
     refused("--name", "plain", "--data", str(moved), saying="is not the one that run 'plain' was trained on")
     refused("--name", "plain", "--num-images", "0", saying="--num-images must be at least 1, not 0")
+    refused("--name", "plain", "--out", "layers.pdf", saying="layers.pdf is no PNG file")
+    refused("--name", "plain", "--out", "none/layers.png", saying="there is no folder none")
     refused(saying="--name is missing")

@@ -89,8 +89,11 @@ def test_every_table_has_its_rows(shown: dict[str, Any]) -> None:
 def test_numbers_stand_beside_the_papers(shown: dict[str, Any]) -> None:
     r20, r32 = shown["rows"]["table-6"][:2]
     assert r20[1:4] == ["0.27M", "0.27M", "8.75"]
-    assert re.fullmatch(r"\d+\.\d\d ± \d+\.\d\d \(2 seeds\); 1 more unfinished\s+r20-a\s+r20-b\s+r20-c", r20[4])
-    assert "40 of 50,000 images, 4 of 64,000 steps, 40 of 10,000 validation images" in r20[6]
+    assert re.fullmatch(
+        r"\d+\.\d\d ± \d+\.\d\d \(2 seeds\); 1 more unfinished; validation, not the test set\s+r20-a\s+r20-b\s+r20-c",
+        r20[4],
+    )
+    assert "40 of 50,000 images, 4 of 64,000 steps, 40 validation images instead of 10,000 test images" in r20[6]
     assert r32[4] == "not run"
     (r34,) = [row for row in shown["rows"]["table-3"] if row[0] == "ResNet-34 B"]
     assert r34[1] == "24.52"

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from orchestrator.config import InputConfig, Protocol, TrainConfig
+from orchestrator.data.shards import DataSet
+from orchestrator.evaluation import ensemble, scores
+from orchestrator.evaluation.ensemble import Choice
+from orchestrator.evaluation.protocols import procedure_of
+from orchestrator.plain import digest
 from orchestrator.report import findings
 from orchestrator.report.findings import Findings, Run
+from orchestrator.report.tested import Procedure, procedure
 from orchestrator.storage import Storage
 from orchestrator.training.checkpoint import newest_journal
 from orchestrator.training.run import finished
@@ -60,10 +68,10 @@ def test_an_unfinished_run_is_one(found: Findings) -> None:
 def test_scores_and_campaign(found: Findings) -> None:
     run = run_of(found, "r34-a")
     assert run.campaign == "six"
-    test = run.tested("val", "ten_crop")
-    assert test is not None
-    assert (test.images, test.step) == (30, 4)
-    assert run.tested("val", "multi_scale") is None
+    (test,) = run.tests
+    assert (test.split, test.protocol, test.images, test.step) == ("val", "ten_crop", 30, 4)
+    assert run.tested("val", "ten_crop", test.procedure) == test
+    assert run.tested("val", "multi_scale", test.procedure) is None
     (made,) = found.ensembles
     assert made.members == ("r34-a", "r34-b")
     assert made.runs == tuple(run_of(found, name).url for name in made.members)
@@ -107,6 +115,116 @@ def test_damage_is_named_and_the_rest_is_read(storage: Path, tmp_path: Path) -> 
     (run,) = findings.read([Storage(str(tmp_path))]).runs
     assert any("has a journal that can be read" in problem for problem in run.problems)
     assert run.last_top1 is not None  # finished.json tells
+
+
+def test_finished_json_of_other_types(storage: Path, tmp_path: Path) -> None:
+    for name, change in (("r20-a", {"best_validation_top1_error": "low"}), ("r20-b", {"steps": None})):
+        shutil.copytree(storage / "runs" / name, tmp_path / name)
+        path = tmp_path / name / "finished.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    shutil.copytree(storage / "runs/p20", tmp_path / "p20")
+    (tmp_path / "p20/finished.json").write_text("{")
+    found = findings.read([Storage(str(tmp_path))])
+    assert [(run.name, run.is_finished) for run in found.runs] == [("p20", False), ("r20-a", False), ("r20-b", False)]
+    assert all("finished.json" in " ".join(run.problems) for run in found.runs)
+
+
+def test_an_ensemble_without_scores_is_named(storage: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "e"
+    shutil.copytree(storage / "runs/six/ensemble/ten_crop", folder)
+    manifest = json.loads((folder / "ensemble.json").read_text())
+    (folder / "ensemble.json").write_text(json.dumps(manifest | {"scores": {}}))
+    shutil.copytree(storage / "runs/p20", tmp_path / "p20")
+    found = findings.read([Storage(str(tmp_path))])
+    assert [run.name for run in found.runs] == ["p20"]
+    assert "names no score file" in found.damaged[0].error
+
+
+def test_a_folder_that_may_not_be_read_is_named(storage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(storage / "runs/p20", tmp_path / "p20")
+    (tmp_path / "locked").mkdir()
+    files = Storage.files
+
+    def refusing(self: Storage, name: str = "") -> list[str]:
+        if self.url.endswith("/locked"):
+            raise PermissionError(13, "Permission denied", self.url)
+        return files(self, name)
+
+    monkeypatch.setattr(Storage, "files", refusing)
+    found = findings.read([Storage(str(tmp_path))])
+    assert [run.name for run in found.runs] == ["p20"]
+    assert [(each.url, "Permission denied" in each.error) for each in found.damaged] == [(f"{tmp_path}/locked", True)]
+    with pytest.raises(PermissionError):
+        findings.read([Storage(f"{tmp_path}/locked")])
+
+
+def test_a_storage_in_another_is_looked_at_as_deep_as_any(storage: Path, tmp_path: Path) -> None:
+    shutil.copytree(storage / "runs/p20", tmp_path / "1/2/3/4/p20")
+    inner = Storage(f"{tmp_path}/1/2/3")
+    (tmp_path / "here").mkdir()
+    shutil.copytree(storage / "runs/r20-a", tmp_path / "here/r20-a")
+    for storages in ([Storage(str(tmp_path)), inner], [inner, Storage(str(tmp_path))]):
+        assert sorted(run.name for run in findings.read(storages).runs) == ["p20", "r20-a"]
+
+
+def test_any_name_is_one_of_a_run(storage: Path, tmp_path: Path) -> None:
+    names = ["checkpoints", "logs", "model", "scores"]
+    for name in names:
+        shutil.copytree(storage / "runs/p20", tmp_path / name)
+    assert [run.name for run in findings.read([Storage(str(tmp_path))]).runs] == names
+
+
+def test_how_a_test_departs_from_the_papers() -> None:
+    config = TrainConfig(input=InputConfig(crop_px=112, test_shorter_side_px=128))
+    papers = procedure_of(Protocol.MULTI_SCALE, config).to_json()
+    last, best = ({"file": f"model/000000004-{kind}-bn0.safetensors", "step": 4} for kind in ("last", "best"))
+    assert papers["shorter_sides_px"] == [112, 128, 192, 240, 320]
+    assert procedure(papers, last | {"precise_bn_images": 640}, config, 4) == Procedure((), 640)
+    assert str(procedure(papers, last | {"precise_bn_images": 640}, config)) == "batch norm over 640 images"
+    for protocol, model, says in (
+        (papers | {"shorter_sides_px": [112, 128]}, last, "112, 128 px instead of 112, 128, 192, 240, 320 px"),
+        (papers | {"average": "logits"}, last, "averaged logits"),
+        (papers, best, "best checkpoint instead of the last"),
+        (papers, last | {"step": 3}, "checkpoint of step 3 of 4"),
+    ):
+        assert procedure(protocol, model, config, 4).departures == (says,)
+
+
+def test_a_test_says_how_it_was_made(storage: Path, tmp_path: Path) -> None:
+    """As its score file's record tells."""
+    run = shutil.copytree(storage / "runs/six/members/r34-a", tmp_path / "r")
+    (name,) = (run / "scores").glob("*.arrow")
+    scored = scores.load(str(name))
+    model = dict(scored.info.model) | {"file": "model/000000004-best-bn0.safetensors"}
+    info = replace(scored.info, model=model, protocol=dict(scored.info.protocol) | {"average": "logits"})
+    columns = {each: getattr(scored, each) for each in ("names", "labels", "decoded", "width", "height")}
+    scores.publish(Storage(str(run)), "scores/val-ten_crop-0123456789ab.arrow", info, **columns, scores=scored.scores)
+    (found,) = findings.read([Storage(str(tmp_path))]).runs
+    says = {test.procedure.departures for test in found.tests}
+    assert says == {(), ("averaged logits", "best checkpoint instead of the last")}
+
+
+def test_an_ensemble_that_was_chosen_shows_the_held_out_error(storage: Path, tmp_path: Path) -> None:
+    files = [scores.load(str(path)) for path in sorted((storage / "runs/six/members").rglob("*.arrow"))]
+    made = ensemble.build(files, Storage(f"{tmp_path}/e"), choice=Choice.GREEDY, code_version="abc")
+    (found,) = findings.read([Storage(str(tmp_path))]).ensembles
+    assert (found.choice, found.held_out) == (Choice.GREEDY, ("val",))
+    assert found.errors["val"][0] == made.held_out["val"].top1_error
+
+
+def test_whether_the_test_set_validates(storage: Path, tmp_path: Path) -> None:
+    data = DataSet(Storage(f"{storage}/cifar"))
+    config = json.loads((storage / "runs/p20/config.json").read_text())
+    for name, splits in (("apart", {}), ("same", {"test": data.manifest.splits["val"]})):
+        shutil.copytree(storage / "cifar", tmp_path / name)
+        manifest = replace(data.manifest, splits={**data.manifest.splits, **splits})
+        (tmp_path / name / "manifest.json").write_bytes(manifest.to_bytes())
+        run = shutil.copytree(storage / "runs/p20", tmp_path / f"run-{name}")
+        identity = config["identity"] | {"data_sha256": DataSet(Storage(f"{tmp_path}/{name}")).digest}
+        content = {"identity": identity, "sha256": digest(identity), "data": f"{tmp_path}/{name}"}
+        (run / "config.json").write_text(json.dumps(config | content))
+    found = findings.read([Storage(str(tmp_path))])
+    assert [run.data.validation_is_test for run in found.runs] == [False, True]
 
 
 def test_nothing_there(tmp_path: Path) -> None:

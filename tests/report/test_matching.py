@@ -11,12 +11,15 @@ import pytest
 from jobs import cifar10, imagenet
 from orchestrator.config import Family, InputConfig, ModelConfig, ScheduleConfig, Shortcut, TrainConfig
 from orchestrator.control.curves import Curve
+from orchestrator.evaluation.ensemble import Choice
+from orchestrator.evaluation.layer_responses import LayerNumbers
 from orchestrator.report import paper
-from orchestrator.report.figures import mean_curve, shown, spread
-from orchestrator.report.findings import DataFacts, Findings, Run, Test
+from orchestrator.report.figures import figures, label_of, mean_curve, shown, spread, with_responses
+from orchestrator.report.findings import DataFacts, Ensemble, Findings, Run
 from orchestrator.report.matching import against, fits, groups_of, recipe_of, settings, told
-from orchestrator.report.paper import FIGURE_4, Network, Task
+from orchestrator.report.paper import FIGURE_4, FIGURE_6, Network, Task
 from orchestrator.report.tables import Tables, tables
+from orchestrator.report.tested import Procedure, Test
 
 RECIPES = [recipe() for recipe in (*imagenet.RECIPES.values(), *cifar10.RECIPES.values())]
 ILSVRC = DataFacts("1" * 64, "ilsvrc2012", 1_281_167, 50_000, 1000)
@@ -81,7 +84,7 @@ def test_the_data_set_decides_too() -> None:
 def test_names_decide_nothing() -> None:
     run = made("resnet152", replace(cifar10.plain20(), recipe="resnet110"))
     all_tables = tables(Findings((run,)), RECIPES, {})
-    assert rows_of(all_tables, "plain-cifar")["plain-20"][0][3] == "8.00 (1 seed)"
+    assert rows_of(all_tables, "plain-cifar")["plain-20"][0][3] == "8.00 (1 seed); validation, not the test set"
     assert {cells[0][3] for cells in rows_of(all_tables, "table-6").values()} == {"not run"}
 
 
@@ -126,9 +129,9 @@ def test_an_unfinished_run_is_in_no_mean() -> None:
     runs = [made("a", base), made("b", replace(base, seed=1), is_finished=False, step=10, last_top1=90.0)]
     assert groups_of(runs)[0].values(lambda run: run.last_top1) == [8.0]
     row = rows_of(tables(Findings(tuple(runs)), RECIPES, {}), "table-6")["ResNet-20"][0]
-    assert row[3] == "8.00 (1 seed); 1 more unfinished"
+    assert row[3] == "8.00 (1 seed); 1 more unfinished; validation, not the test set"
     row = rows_of(tables(Findings((runs[1],)), RECIPES, {}), "table-6")["ResNet-20"][0]
-    assert row[3] == "90.00 (1 seed), unfinished: step 10 of 64,000"
+    assert row[3].startswith("90.00 (1 seed), unfinished: step 10 of 64,000; validation")
 
 
 # -- against the paper ----------------------------------------------------------------------------------------------
@@ -176,8 +179,80 @@ def test_tests_of_another_kind_fill_no_cell() -> None:
 def test_the_test_split_counts_in_table_6() -> None:
     test = Test("test", "one_crop", 64_000, 9.0, 1.0, 2_000, 0)
     row = rows_of(tables(Findings((made("r", cifar10.resnet20(), tests=(test,)),)), RECIPES, {}), "table-6")
-    assert row["ResNet-20"][0][:5] == ["0.27M", "0.27M", "8.75", "9.00 (1 seed)", "7.50 (1 seed)"]
+    assert row["ResNet-20"][0][:5] == ["0.27M", "0.27M", "8.75", "9.00 (1 seed); test set", "7.50 (1 seed)"]
     assert row["ResNet-20"][0][5] == "2,000 of 10,000 test images"
+
+
+def test_tests_of_other_procedures_are_not_averaged() -> None:
+    test = Test("val", "ten_crop", 600_000, 22.0, 6.0, 50_000, 0)
+    best = replace(test, top1=20.0, time_ms=9, procedure=Procedure(("best checkpoint instead of the last",)))
+    first = made("a", imagenet.resnet50(), ILSVRC, tests=(best, test))
+    second = made("b", replace(imagenet.resnet50(), seed=1), ILSVRC, tests=(best,))
+    all_tables = tables(Findings((first, second)), RECIPES, {})
+    row = rows_of(all_tables, "table-3")["ResNet-50 B"][0]
+    assert row[1] == "22.00 (1 seed); 1 more not tested so"
+    # Where there is nothing else it is marked, in the cell and below.
+    all_tables = tables(Findings((replace(first, tests=(best,)), second)), RECIPES, {})
+    row = rows_of(all_tables, "table-3")["ResNet-50 B"][0]
+    says = "not as in the paper: best checkpoint instead of the last"
+    assert row[1] == f"20.00 ± 0.00 (2 seeds); {says}"
+    assert any("ResNet-50 B: tested otherwise than in the paper: best" in line for line in all_tables.absent)
+    bn = replace(test, procedure=Procedure((), 51_200))
+    all_tables = tables(Findings((replace(first, tests=(bn,)),)), RECIPES, {})
+    row = rows_of(all_tables, "table-3")["ResNet-50 B"][0]
+    assert row[1] == "22.00 (1 seed); batch norm over 51,200 images"
+
+
+def test_one_split_for_all_seeds_in_table_6() -> None:
+    base, test = cifar10.resnet20(), Test("test", "one_crop", 64_000, 9.0, 1.0, 10_000, 0)
+    runs = (made("a", base, tests=(test,)), made("b", replace(base, seed=1)))
+
+    def error(runs: tuple[Run, ...]) -> str:
+        return rows_of(tables(Findings(runs), RECIPES, {}), "table-6")["ResNet-20"][0][3]
+
+    assert error(runs) == "9.00 (1 seed); 1 more not tested so; test set"
+    held_out = tuple(replace(run, tests=(), data=replace(CIFAR, validation_is_test=False)) for run in runs)
+    assert error(held_out) == "8.00 ± 0.00 (2 seeds); validation, not the test set"
+    same = tuple(replace(run, data=replace(CIFAR, validation_is_test=True)) for run in runs)
+    assert error(same) == "8.00 ± 0.00 (2 seeds); test set"
+    full = replace(same[0], step=64_000, steps=64_000)
+    assert against(full, Task.CIFAR10.scale) == "as in the paper"
+    assert against(held_out[0], Task.CIFAR10.scale) == "10,000 validation images instead of 10,000 test images"
+
+
+def test_networks_are_counted_once() -> None:
+    run = made("r", imagenet.resnet34(), ILSVRC)  # in Tables 3 and 4
+    plain = made("p", cifar10.plain20())  # in none
+    found = tables(Findings((run, plain)), RECIPES, {})
+    assert (found.num_networks_run, found.num_networks) == (1, 17)
+
+
+def test_of_the_rhythm_what_changes_numbers_is_told() -> None:
+    recipe = imagenet.resnet34()
+    rhythm = replace(
+        recipe.rhythm, log_every_steps=7, checkpoint_every_steps=7, keep_last=7, validate_every_epochs=0.25
+    )
+    assert settings(recipe, made("r", replace(recipe, rhythm=rhythm))) == ["rhythm.validate_every_epochs: 0.25 (1.0)"]
+
+
+def test_how_an_ensemble_was_chosen_is_told() -> None:
+    member = ModelConfig(depth=34)
+    found = Ensemble(
+        url="/e",
+        protocol="ten_crop",
+        members=("a", "b"),
+        runs=("", ""),
+        models=(member, member),
+        data_name="ilsvrc2012",
+        classes=1000,
+        errors={"val": (21.0, 5.0, 50_000)},
+        choice=Choice.GREEDY,
+        held_out=("val",),
+        procedures=("averaged logits",),
+    )
+    (row,) = rows_of(tables(Findings((), (found,)), RECIPES, {}), "table-5").values()
+    assert row[0][1] == "5.00 (val, 10-crop, held out from the choice); averaged logits"
+    assert "2 of 6 members, chosen greedily on labelled images, on ilsvrc2012" in row[0][3]
 
 
 def test_cells_lead_to_mlflow_or_to_the_list() -> None:
@@ -193,7 +268,42 @@ def test_cells_lead_to_mlflow_or_to_the_list() -> None:
 def test_curves_of_a_panel() -> None:
     runs = [made("a", imagenet.resnet18a(), ILSVRC), made("b", imagenet.resnet34(), ILSVRC)]
     runs += [made("c", imagenet.resnet50(), ILSVRC), made("d", imagenet.plain18(), CIFAR)]
-    assert [[g.first.name for g in shown(p, FIGURE_4.task, runs)] for p in FIGURE_4.panels] == [[], ["a", "b"]]
+    assert [[g.first.name for g in shown(p, FIGURE_4.task, runs, RECIPES)] for p in FIGURE_4.panels] == [[], ["a", "b"]]
+
+
+def test_a_panel_shows_the_papers_runs() -> None:
+    runs = [made("3x", imagenet.plain34_3x(), ILSVRC, step=1_800_000), made("p34", imagenet.plain34(), ILSVRC)]
+    runs += [made("b", imagenet.resnet34(), ILSVRC, step=900_000), made("a", imagenet.resnet34a(), ILSVRC)]
+    assert [[g.first.name for g in shown(p, FIGURE_4.task, runs, RECIPES)] for p in FIGURE_4.panels] == [["p34"], ["a"]]
+    runs = [made("modern", cifar10.resnet56_modern(), step=99_000), made("r56", cifar10.resnet56())]
+    assert [g.first.name for g in shown(FIGURE_6.panels[1], FIGURE_6.task, runs, RECIPES)] == ["r56"]
+    responses = (LayerNumbers("conv", 1.0, 1.0, 1.0),)
+    measured = [replace(run, layers=responses, layers_step=run.step) for run in runs]
+    assert [run.name for run in with_responses(measured, RECIPES)] == ["r56"]
+
+
+def test_what_a_figure_does_not_have_from_the_paper_is_told() -> None:
+    assert label_of(ModelConfig(depth=34)) == "ResNet-34 B"
+    assert label_of(ModelConfig(Family.CIFAR_RESNET, 20)) == "ResNet-20"
+    modern = made("m", cifar10.resnet56_modern(), replace(CIFAR, train_images=400))
+    drawn, _ = figures([modern], [], RECIPES)
+    (caption,) = [figure.caption for figure in drawn if figure.key == "figure-6"]
+    assert "Bold lines: validation error (one crop)." in caption
+    assert "ResNet-56: 400 of 50,000 images" in caption
+    assert "regularization.label_smoothing: 0.1 (0.0)" in caption
+    test_set = made("r", cifar10.resnet56(), replace(CIFAR, validation_is_test=True))
+    drawn, _ = figures([test_set], [], RECIPES)
+    (caption,) = [figure.caption for figure in drawn if figure.key == "figure-6"]
+    assert "Bold lines: test error (one crop)." in caption
+    assert "Against the paper" not in caption
+
+
+def test_an_earlier_measurement_is_told() -> None:
+    layers = (LayerNumbers("conv", 1.0, 1.0, 1.0),)
+    run = made("r", cifar10.resnet20(), layers=layers, layers_step=32_000)
+    drawn, _ = figures([run], [], RECIPES)
+    (alt,) = [figure.alt for figure in drawn if figure.key == "figure-7"]
+    assert "ResNet-20 (at step 32,000 of 64,000)" in alt
 
 
 def test_the_mean_is_over_common_iterations() -> None:

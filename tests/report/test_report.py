@@ -91,7 +91,7 @@ def test_a_report_that_fails_leaves_the_old_one(
     code, text = typed("--storage", f"{storage}/runs/p20", "--out", "out")
     assert (code, "no space left" in text) == (1, True)
     after = {name: (tmp_path / "out" / name).read_bytes() for name in files_in(tmp_path / "out")}
-    assert all(after[name] == content for name, content in before.items() if name != "report.md")
+    assert all(after[name] == content for name, content in before.items())
 
 
 def test_inside_the_storage_it_is_no_run(typed: Typed, storage: Path, tmp_path: Path) -> None:
@@ -114,6 +114,7 @@ def test_what_is_refused(typed: Typed, storage: Path, tmp_path: Path) -> None:
         (("--storage", str(tmp_path), "--out", "o"), "no run, campaign or ensemble is in"),
         (("--storage", str(storage), "--out", "file"), f"--out {tmp_path}/file is a file"),
         (("--storage", str(storage), "--out", f"{storage}/runs/p20"), "is the folder of a run"),
+        (("--storage", str(storage), "--out", f"{storage}/runs/six/ensemble/ten_crop"), "is the folder of a run"),
         (("--storage", str(storage), "--out", "o", "--tracking-uri", "ftp://x"), "unknown scheme"),
         (("--storage", "s3://key:hidden@bucket/runs", "--out", "o"), "credentials"),
     ):
@@ -167,11 +168,29 @@ def test_links_to_mlflow(typed: Typed, storage: Path, found: Findings, server: M
 
 
 def test_no_secret_of_a_config_is_shown(typed: Typed, storage: Path, tmp_path: Path) -> None:
+    """Where the page shows what the config says: the recipe, and the reason why a run cannot be read."""
     shutil.copytree(storage / "runs/p20", tmp_path / "runs/p20")
     path = tmp_path / "runs/p20/config.json"
     content = json.loads(path.read_text())
-    path.write_text(json.dumps(content | {"data": "s3://key:hidden@bucket/data"}))
+    recipe = "of s3://key:hid/den@bucket/x and https://host/y?api_key=hidden&sig=hidden"
+    path.write_text(json.dumps(content | {"data": "s3://key:hidden@bucket/data", "recipe": recipe}))
     code, text = typed("--storage", "runs", "--out", "out")
     assert code == 0, text
-    for name in ("index.html", "report.md"):
-        assert "hidden" not in (tmp_path / "out" / name).read_text()
+    for name, mark in (("index.html", "***"), ("report.md", r"\*\*\*")):
+        shown = (tmp_path / "out" / name).read_text()
+        assert "hidden" not in shown
+        assert "hid/den" not in shown
+        assert f"sig={mark}" in shown
+
+
+def test_a_page_that_cannot_be_rendered_replaces_nothing(
+    typed: Typed, storage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert typed("--storage", f"{storage}/runs/p20", "--out", "out")[0] == 0
+    before = files_in(tmp_path / "out")
+    markdown = (tmp_path / "out/report.md").read_bytes()
+    monkeypatch.setattr(page, "page", lambda report: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        typed("--storage", f"{storage}/runs/r20-a", "--out", "out")
+    assert files_in(tmp_path / "out") == before
+    assert (tmp_path / "out/report.md").read_bytes() == markdown
