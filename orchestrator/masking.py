@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 
 # A parameter of a URL whose name ends so is a secret: shown nowhere, and refused in a storage's URL.
-SECRET_NAME = r"[\w.-]*(?:key|secret|token|password|passwd|pwd|sig|signature|credential)"
+# Not MLflow's orderByKey: before "key" and "sig" stands nothing, or a sign.
+SECRET_NAME = (
+    r"(?:(?:[\w.-]*[_.-])?(?:key|sig)|[\w.-]*(?:apikey|accesskey|secret|token|password|passwd|pwd|signature|credential))"
+)
 
 
 def masked(text: str) -> str:

@@ -279,5 +279,6 @@ def test_credentials_are_masked() -> None:
         "s3://AKIDEXAMPLE:wJalr/K7MDENG/hush@bucket/x",
     ):
         assert "hush" not in masked(f"at {url} and on")
-    for shown in ("http://host:5000/#/x", "s3://bucket/a b@c", "http://host/x?sort=key&page=3"):
+    mlflow = "http://host:5000/#/experiments/1?searchFilter=&orderByKey=attributes.start_time"
+    for shown in ("http://host:5000/#/x", "s3://bucket/a b@c", "http://host/x?sort=key&page=3", mlflow):
         assert masked(shown) == shown
