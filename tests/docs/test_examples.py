@@ -105,5 +105,4 @@ def test_reproducing_the_paper(tmp_path: Path) -> None:
     assert "submission   none" in done.stdout
     assert (tmp_path / "layers.png").stat().st_size > 10_000
     page = (tmp_path / "report" / "index.html").read_text()
-    for run in ("r20", "p20"):
-        assert run in page
+    assert "r20" in page
