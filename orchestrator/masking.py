@@ -6,9 +6,8 @@ import re
 
 # A parameter of a URL whose name ends so is a secret: shown nowhere, and refused in a storage's URL.
 # Not MLflow's orderByKey: before "key" and "sig" stands nothing, or a sign.
-SECRET_NAME = (
-    r"(?:(?:[\w.-]*[_.-])?(?:key|sig)|[\w.-]*(?:apikey|accesskey|secret|token|password|passwd|pwd|signature|credential))"
-)
+_ANYWHERE = "apikey|accesskey|secret|token|password|passwd|pwd|signature|credential"
+SECRET_NAME = rf"(?:(?:[\w.-]*[_.-])?(?:key|sig)|[\w.-]*(?:{_ANYWHERE}))"
 
 
 def masked(text: str) -> str:

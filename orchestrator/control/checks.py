@@ -29,7 +29,7 @@ from orchestrator.training.run import Outcome, check_identity, data_digest, fini
 from orchestrator.world import share_of
 
 SPLITS = ("train", "val")
-_HOW = "a data set is made by python -m data_prep.ilsvrc or python -m data_prep.image_folder"
+_HOW = "a data set is made by python -m data_prep.ilsvrc, data_prep.image_folder or data_prep.cifar10"
 
 
 class Verdict(Enum):
