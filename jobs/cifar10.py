@@ -4,7 +4,7 @@ A recipe is a function that returns the config; its docstring is its promise. An
 line. Errors are top-1 on the 10,000 test images after the last step, as in the paper's Table 6: trained on all 50,000
 others, which is a set of ``python -m data_prep.cifar10 … --validation 0`` (without that option 5,000 are held back, on
 which the paper chose its schedule). Seeds of a recipe are a campaign: ``jobs/campaign.py cifar10_resnet20``.
-ResNet-20 takes four to six hours on 2 CPU cores (370 to 550 images/s); by multiply-adds 32, 44, 56, 110 and 1202 layers
+ResNet-20 takes five to six hours on 2 CPU cores (370 to 460 images/s); by multiply-adds 32, 44, 56, 110 and 1202 layers
 take 1.7, 2.4, 3.1, 6.2 and 70 times as long. Nothing was timed on a GPU. No recipe has been run to its end on all of
 CIFAR-10 here yet; benchmarks/RESULTS.md has what was run.
 """
