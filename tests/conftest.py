@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 
+from orchestrator import remote
 from orchestrator.data.shards import DataSet
 from orchestrator.storage import Storage
 from tests.s3_server import S3Server, s3_server
@@ -32,6 +34,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         marker = item.get_closest_marker("timeout")
         longest[item.path] = max(longest.get(item.path, 0.0), float(marker.args[0]) if marker else 0.0)
     items.sort(key=lambda item: -longest[item.path])  # stable: the order within a file stays
+
+
+@pytest.fixture(autouse=True)
+def _is_not_ending(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that a test interrupts in this process says that the process ends: not to the tests after it."""
+    monkeypatch.setattr(remote, "_stop", threading.Event())
+    monkeypatch.setattr(remote, "_trusts", False)
 
 
 @pytest.fixture(scope="session")

@@ -148,8 +148,7 @@ def test_what_passes_is_not_refused_by_a_store_that_has_answered() -> None:
             assert line.call("s3://x/y", fails) == "back"
 
 
-def test_nothing_waits_in_a_process_that_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "_stop", threading.Event())
+def test_nothing_waits_in_a_process_that_ends() -> None:
     line = Line()
     line.call("s3://x/y", lambda: None)
     with ThreadPoolExecutor(1) as thread:
