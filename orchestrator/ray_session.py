@@ -78,8 +78,13 @@ def ray_session(address: str | None = None, num_cpus: int | None = None, *, hear
             if address:
                 _check_reachable(address)
             quiet = {"logging_level": logging.ERROR, "log_to_driver": hears}
-            # object_store_memory, bytes: nothing large passes through it
-            start = {"num_cpus": num_cpus, "include_dashboard": False, "object_store_memory": 100 << 20}
+            # local: else Ray joins whatever `ray start` has left here. object_store_memory, bytes: nothing large passes
+            start = {
+                "address": "local",
+                "num_cpus": num_cpus,
+                "include_dashboard": False,
+                "object_store_memory": 100 << 20,
+            }
             on_terminate = signal.getsignal(signal.SIGTERM)
             try:
                 ray.init(**({"address": address} if address else start), **quiet)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,21 @@ NUM_TASKS = 2
 
 @pytest.fixture(scope="module")
 def ray_tasks() -> Iterator[None]:
-    """What each of the commands does by itself; one that finds Ray connected uses it."""
-    with ray_session(num_cpus=NUM_TASKS) as cluster:
-        assert cluster.cpus == NUM_TASKS
-        yield
-        assert "RAY_AUTH_TOKEN_PATH" in os.environ
+    """What each of the commands does by itself; one that finds Ray connected uses it.
+
+    A cluster of its own, also where ``ray start`` has left word of another on this machine.
+    """
+    with (
+        tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder,
+        pytest.MonkeyPatch.context() as patched,
+    ):
+        patched.setenv("RAY_TMPDIR", folder)
+        (Path(folder) / "ray").mkdir()
+        (Path(folder) / "ray/ray_current_cluster").write_text("127.0.0.1:9")
+        with ray_session(num_cpus=NUM_TASKS) as cluster:
+            assert cluster.cpus == NUM_TASKS
+            yield
+            assert "RAY_AUTH_TOKEN_PATH" in os.environ
     assert not sys.modules["ray"].is_initialized()
     assert "RAY_AUTH_TOKEN_PATH" not in os.environ
 
