@@ -6,14 +6,14 @@ anywhere, the same command goes on. ``python jobs/campaign.py status --storage U
 campaign stands, from anywhere; ``python jobs/campaign.py member MEMBER …`` with the same arguments trains one member
 alone, on machines of its own: what is done is found by the campaign.
 
-A recipe is a function that returns the campaign; its docstring is its promise.
+A recipe is a function that returns the campaign; its docstring is its promise: command, hours and hardware, expected
+error, sources.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import json
 import os
 import shlex
@@ -63,10 +63,14 @@ _PAPERS_TESTS = EvaluationConfig(
 
 def ilsvrc2015() -> Campaign:
     """The paper's ensemble: six models of different depth, two of them 152 layers, tested by 10-crop and multi-scale.
-    Paper: 3.57 % top-5 error on the test set (its best single model, 152 layers, multi-scale: 4.49 % on validation).
     Which depths the other four had is not published: 34, 50, 101 and 101 with another seed are our choice. Each by the
-    recipe of its depth in jobs/imagenet.py; batch norm's statistics over 51,200 images. An estimate: 330 hours of one
-    H100 (ResNet-50's measured 1,533 images/s, by multiply-adds), 42 of eight. Not run to its end here."""
+    recipe of its depth in jobs/imagenet.py; batch norm's statistics over 51,200 images. Not run to its end here.
+
+    Run: python jobs/campaign.py ilsvrc2015 --data /data/ilsvrc2012 --storage /runs
+    Takes: 330 hours of one H100, 41 of eight, to train (an estimate: 1,533 images/s of ResNet-50, by multiply-adds)
+    Expect: 3.57 % top-5 error on the test set (paper, Table 5), where one model of 152 layers has 4.49 % on the
+        validation set by multi-scale (paper, Table 4)
+    """
     return Campaign(
         members=(
             _member("r152-a", imagenet.resnet152),
@@ -81,9 +85,15 @@ def ilsvrc2015() -> Campaign:
 
 
 def small() -> Campaign:
-    """Three networks of 18, 18 and 34 layers on 64 × 64 pixels by resnet18_64px, for small sets and machines without
-    a GPU. On 800 photographs of 10 classes 9 minutes on 2 cores with --change schedule.max_epochs=10: 10-crop errors
-    of 54 to 69 %, of their average 48 to 52 % (benchmarks/RESULTS.md). A network of 18 layers comes to 43 %."""
+    """Three networks of 18, 18 and 34 layers on 64 × 64 pixels by resnet18_64px, for small sets and machines without a
+    GPU. With the changes below each trains for 10 epochs, not 30.
+
+    Run: python jobs/campaign.py small --data /data/mini --storage /runs --change schedule.max_epochs=10 \
+        --change schedule.policy=steps --change 'schedule.drop_steps=[90]'
+    Takes: 9 minutes of 2 CPU cores on 800 photographs of 10 classes (measured: 9 min 9 s, 8 min 50 s, 8 min 49 s)
+    Expect: 48.33–51.67 % top-1 error of the average by 10-crop, of members 53.67–69.00 % (three campaigns,
+        benchmarks/RESULTS.md); chance is 90 %
+    """
     return Campaign(
         members=(
             _member("r18-a", imagenet.resnet18_64px),
@@ -95,8 +105,13 @@ def small() -> Campaign:
 
 
 def demo() -> Campaign:
-    """``make demo``: as small, on 480 generated images, with 8 epochs and two sizes of multi-scale. About five minutes
-    on 2 cores; every error is far below chance (87.5 %)."""
+    """As small, on the 480 images that ``make demo`` generates, with 8 epochs and two sizes of multi-scale.
+
+    Run: python jobs/campaign.py demo --data build/demo/data --storage build/demo/campaigns
+    Takes: 5 minutes of 2 CPU cores (measured: 4 min 41 s)
+    Expect: 53.75 % top-1 error of the average by 10-crop, 43.75 % by multi-scale, on 80 images (one run,
+        benchmarks/RESULTS.md); chance is 87.5 %
+    """
     base = small()
     members = []
     for member in base.members:
@@ -108,25 +123,46 @@ def demo() -> Campaign:
 
 
 def cifar10_resnet20() -> Campaign:
-    """Five ResNet-20 of other seeds on CIFAR-10: mean and standard deviation of their test errors. Paper 8.75 % (one
-    run)."""
+    """Five ResNet-20 of other seeds on CIFAR-10: mean and standard deviation of their test errors.
+
+    Run: python jobs/campaign.py cifar10_resnet20 --data /data/cifar10 --storage /runs
+    Takes: 25–31 hours of 2 CPU cores (an estimate, the sum over its members)
+    Expect: 8.75 % test error (paper, Table 6: one run)
+    """
     return _seeds(5, cifar10.resnet20)
 
 
 def cifar10_resnet110() -> Campaign:
-    """Five ResNet-110 of other seeds on CIFAR-10, as in the paper, which gives 6.61 ± 0.16 %."""
+    """Five ResNet-110 of other seeds on CIFAR-10, as in the paper.
+
+    Run: python jobs/campaign.py cifar10_resnet110 --data /data/cifar10 --storage /runs
+    Takes: 150–190 hours of 2 CPU cores (an estimate, the sum over its members)
+    Expect: 6.61 ± 0.16 % test error, the best 6.43 % (paper, Table 6)
+    """
     return _seeds(5, cifar10.resnet110)
 
 
 def cifar10_table6() -> Campaign:
-    """Table 6 and Figure 6: residual networks of 20 to 110 layers and plain ones of 20 to 56, one seed each."""
+    """Table 6 and Figure 6: residual networks of 20 to 110 layers and plain ones of 20 to 56, one seed each.
+
+    Run: python jobs/campaign.py cifar10_table6 --data /data/cifar10 --storage /runs
+    Takes: 110–140 hours of 2 CPU cores (an estimate, the sum over its members)
+    Expect: 8.75, 7.51, 7.17, 6.97 and 6.43 % test error of the residual networks (paper, Table 6), of the plain
+        ones no number: the deeper, the higher in training (paper, Figure 6)
+    """
     residual = (cifar10.resnet20, cifar10.resnet32, cifar10.resnet44, cifar10.resnet56, cifar10.resnet110)
     return _seeds(1, *residual, cifar10.plain20, cifar10.plain32, cifar10.plain44, cifar10.plain56)
 
 
 def cifar10_degradation() -> Campaign:
-    """Residual against plain at 56 layers, three seeds each (Figure 1): give --change schedule.max_steps=… for a
-    piece of the set."""
+    """Residual against plain at 56 layers, three seeds each. Give --change schedule.max_steps=… for a piece of the
+    set.
+
+    Run: python jobs/campaign.py cifar10_degradation --data /data/cifar10 --storage /runs
+    Takes: 92–110 hours of 2 CPU cores (an estimate, the sum over its members)
+    Expect: 6.97 % test error of the residual networks (paper, Table 6), the plain ones above (paper, Figure 6, curves
+        alone); 3,200 images and 400 steps: 70.4 ± 4.2 against 79.4 ± 2.4 % (benchmarks/RESULTS.md)
+    """
     return _seeds(3, cifar10.resnet56, cifar10.plain56)
 
 
@@ -218,13 +254,11 @@ def parse(argv: Sequence[str]) -> Command:
 
 
 def _description() -> str:
-    lines = ["python jobs/campaign.py [RECIPE] --data URL --storage URL --name NAME [--dry-run] [any field below]"]
-    lines += ["python jobs/campaign.py status --storage URL --name NAME [--watch]"]
+    lines = ["python jobs/campaign.py [RECIPE] --data URL --storage URL --name NAME [--dry-run] [any field below]", ""]
+    lines += ["python jobs/campaign.py status --storage URL --name NAME [--watch]", ""]
     lines += ["python jobs/campaign.py member MEMBER [RECIPE] …: one member alone", ""]
     lines += ["The same command goes on with an interrupted campaign. Recipes:", ""]
-    for name, recipe in RECIPES.items():
-        lines += [f"{name}{' (default)' if name == _DEFAULT else ''}: {inspect.cleandoc(recipe.__doc__ or '')}", ""]
-    return "\n".join(lines)
+    return "\n".join([*lines, *command_line.promised(RECIPES, _DEFAULT)])
 
 
 def _changes_of(name: str, recipe: Campaign, changes: Sequence[str]) -> list[str]:

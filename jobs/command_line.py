@@ -7,6 +7,7 @@ import difflib
 import functools
 import inspect
 import os
+import re
 import shlex
 import signal
 import sys
@@ -130,9 +131,28 @@ def chosen(argv: Sequence[str], recipes: Collection[str], default: str) -> tuple
 def _description(recipes: Mapping[str, Recipe], default: str, program: str) -> str:
     lines = [f"{program} [RECIPE] --data URL --storage URL --name NAME [--dry-run] [any field below]", ""]
     lines += ["The same command goes on with an interrupted run. Recipes:", ""]
+    return "\n".join([*lines, *promised(recipes, default)])
+
+
+def promised(recipes: Mapping[str, Callable[[], object]], default: str) -> list[str]:
+    """Lines of a page of help: what each recipe is and, below it, the lines of its promise."""
+    lines = []
     for name, recipe in recipes.items():
-        lines += [f"{name}{' (default)' if name == default else ''}: {inspect.cleandoc(recipe.__doc__ or '')}", ""]
-    return "\n".join(lines)
+        what, promise = promise_of(recipe)
+        lines += [f"{name}{' (default)' if name == default else ''}: {what}"]
+        lines += [f"    {line}" for line in promise]  # indented, or tyro joins each to the one before
+        lines += [""]
+    return lines
+
+
+def promise_of(recipe: Callable[[], object]) -> tuple[str, list[str]]:
+    """The first paragraph of a recipe's docstring, which says what it is, and the lines after it: Run, Takes, Expect.
+
+    A line that is indented goes on with the one before it.
+    """
+    what, _, rest = inspect.cleandoc(recipe.__doc__ or "").partition("\n\n")
+    lines = re.sub(r"\n[ \t]+", " ", rest).splitlines()
+    return " ".join(what.split()), [" ".join(line.split()) for line in lines if line]
 
 
 def run(command: Command) -> int:

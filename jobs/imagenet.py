@@ -1,10 +1,10 @@
 """Train one network on a prepared data set: ``python jobs/imagenet.py [RECIPE] --data URL --storage URL --name NAME``.
 
-A recipe is a function that returns the config; its docstring is its promise. Any field can be changed on the command
-line. Errors are on the ImageNet validation set, top-1, or top-1 / top-5; "paper" is He et al. 2015, "fb" is
-fb.resnet.torch's 1-crop figure for networks of the same depth. Hours are of one H100, an estimate: the 1,533 images/s
-that were measured with ResNet-50, by multiply-adds. No recipe has been run to its end on ImageNet here yet.
-The tests of Tables 2 to 4 follow training with --evaluation.protocols ten_crop multi_scale.
+A recipe is a function that returns the config; its docstring is its promise: command, hours and hardware, expected
+error, sources. Any field can be changed on the command line. Errors are on the ImageNet validation set; "paper" is
+He et al. 2015, "the authors' released model" stands in github.com/KaimingHe/deep-residual-networks, fb.resnet.torch's
+networks are those of the same depth. Hours do not count the tests that follow training. No recipe has been run to its
+end on ImageNet here yet.
 """
 
 from __future__ import annotations
@@ -35,65 +35,123 @@ from orchestrator.config import (
 
 def resnet50() -> TrainConfig:
     """ResNet-50 as in the paper: batch 256 in groups of 32, lr 0.1 divided at plateaus, 60e4 iterations (120 epochs),
-    scale jitter, colour augmentation, mean image. Paper 24.7 / 7.8 (1-crop), 22.85 / 6.71 (10-crop), 20.74 / 5.25
-    (multi-scale); fb 24.0. 28 hours."""
+    scale jitter, colour augmentation, mean image.
+
+    Run: python jobs/imagenet.py resnet50 --data /data/ilsvrc2012 --storage /runs \
+        --evaluation.protocols ten_crop multi_scale
+    Takes: 28 hours of one H100 to train (an estimate: 1,533 images/s, measured over 30 steps)
+    Expect: 22.85 / 6.71 % top-1 / top-5 error by 10-crop, 20.74 / 5.25 % by multi-scale (paper, Tables 3 and 4),
+        24.7 / 7.8 % by 1-crop (the authors' released model), 24.0 % top-1 by 1-crop (fb.resnet.torch)
+    """
     return TrainConfig()
 
 
 def resnet18() -> TrainConfig:
-    """ResNet-18 with projection shortcuts (B), otherwise as resnet50. fb 30.4 (1-crop), 28.2 (10-crop). 13 hours."""
+    """ResNet-18 with projection shortcuts (B), otherwise as resnet50.
+
+    Run: python jobs/imagenet.py resnet18 --data /data/ilsvrc2012 --storage /runs --evaluation.protocols ten_crop
+    Takes: 13 hours of one H100 to train (an estimate: resnet50's rate, by multiply-adds)
+    Expect: 30.4 % top-1 error by 1-crop, 28.2 % by 10-crop (fb.resnet.torch; the paper has option A alone)
+    """
     return _depth(18)
 
 
 def resnet34() -> TrainConfig:
-    """ResNet-34 B, otherwise as resnet50. Paper 24.52 / 7.46 (10-crop), 21.84 / 5.71 (multi-scale); fb 26.7. 26
-    hours."""
+    """ResNet-34 B, otherwise as resnet50.
+
+    Run: python jobs/imagenet.py resnet34 --data /data/ilsvrc2012 --storage /runs \
+        --evaluation.protocols ten_crop multi_scale
+    Takes: 26 hours of one H100 to train (an estimate: resnet50's rate, by multiply-adds)
+    Expect: 24.52 / 7.46 % top-1 / top-5 error by 10-crop, 21.84 / 5.71 % by multi-scale (paper, Tables 3 and 4),
+        26.7 % top-1 by 1-crop (fb.resnet.torch)
+    """
     return _depth(34)
 
 
 def resnet101() -> TrainConfig:
-    """ResNet-101, otherwise as resnet50. Paper 23.6 / 7.1 (1-crop), 21.75 / 6.05 (10-crop), 19.87 / 4.60 (multi-scale);
-    fb 22.4. 55 hours."""
+    """ResNet-101, otherwise as resnet50.
+
+    Run: python jobs/imagenet.py resnet101 --data /data/ilsvrc2012 --storage /runs \
+        --evaluation.protocols ten_crop multi_scale
+    Takes: 55 hours of one H100 to train (an estimate: resnet50's rate, by multiply-adds)
+    Expect: 21.75 / 6.05 % top-1 / top-5 error by 10-crop, 19.87 / 4.60 % by multi-scale (paper, Tables 3 and 4),
+        23.6 / 7.1 % by 1-crop (the authors' released model), 22.4 % top-1 by 1-crop (fb.resnet.torch)
+    """
     return _depth(101)
 
 
 def resnet152() -> TrainConfig:
-    """ResNet-152, otherwise as resnet50. Paper 23.0 / 6.7 (1-crop), 21.43 / 5.71 (10-crop), 19.38 / 4.49 (multi-scale);
-    fb 22.2. 81 hours."""
+    """ResNet-152, otherwise as resnet50.
+
+    Run: python jobs/imagenet.py resnet152 --data /data/ilsvrc2012 --storage /runs \
+        --evaluation.protocols ten_crop multi_scale
+    Takes: 81 hours of one H100 to train (an estimate: resnet50's rate, by multiply-adds)
+    Expect: 21.43 / 5.71 % top-1 / top-5 error by 10-crop, 19.38 / 4.49 % by multi-scale (paper, Tables 3 and 4),
+        23.0 / 6.7 % by 1-crop (the authors' released model), 22.2 % top-1 by 1-crop (fb.resnet.torch)
+    """
     return _depth(152)
 
 
 def resnet18a() -> TrainConfig:
-    """ResNet-18 with identity shortcuts and zero padding (A): the network of Table 2. Paper 27.88 (10-crop). 13
-    hours."""
+    """ResNet-18 with identity shortcuts and zero padding (A): the network of Table 2.
+
+    Run: python jobs/imagenet.py resnet18a --data /data/ilsvrc2012 --storage /runs --evaluation.protocols ten_crop
+    Takes: 13 hours of one H100 to train (an estimate: resnet50's rate, by multiply-adds)
+    Expect: 27.88 % top-1 error by 10-crop (paper, Table 2)
+    """
     return _shortcuts(18, Shortcut.A)
 
 
 def resnet34a() -> TrainConfig:
-    """ResNet-34 A, the network of Table 2. Paper 25.03 / 7.76 (10-crop). 26 hours."""
+    """ResNet-34 A, the network of Table 2.
+
+    Run: python jobs/imagenet.py resnet34a --data /data/ilsvrc2012 --storage /runs --evaluation.protocols ten_crop
+    Takes: 26 hours of one H100 to train (an estimate: resnet50's rate, by multiply-adds)
+    Expect: 25.03 / 7.76 % top-1 / top-5 error by 10-crop (paper, Tables 2 and 3)
+    """
     return _shortcuts(34, Shortcut.A)
 
 
 def resnet34c() -> TrainConfig:
-    """ResNet-34 with projections everywhere (C). Paper 24.19 / 7.40 (10-crop), 21.53 / 5.60 (multi-scale). 26 hours."""
+    """ResNet-34 with projections everywhere (C).
+
+    Run: python jobs/imagenet.py resnet34c --data /data/ilsvrc2012 --storage /runs \
+        --evaluation.protocols ten_crop multi_scale
+    Takes: 28 hours of one H100 to train (an estimate: resnet50's rate, by multiply-adds)
+    Expect: 24.19 / 7.40 % top-1 / top-5 error by 10-crop, 21.53 / 5.60 % by multi-scale (paper, Tables 3 and 4)
+    """
     return _shortcuts(34, Shortcut.C)
 
 
 def plain18() -> TrainConfig:
-    """The plain network of 18 layers, otherwise as resnet50. Paper 27.94 (10-crop). 13 hours."""
+    """The plain network of 18 layers, otherwise as resnet50.
+
+    Run: python jobs/imagenet.py plain18 --data /data/ilsvrc2012 --storage /runs --evaluation.protocols ten_crop
+    Takes: 13 hours of one H100 to train (an estimate: resnet50's rate, by multiply-adds)
+    Expect: 27.94 % top-1 error by 10-crop (paper, Table 2)
+    """
     return _plain(18)
 
 
 def plain34() -> TrainConfig:
-    """The plain network of 34 layers, otherwise as resnet50. Paper 28.54 / 10.02 (10-crop): worse than plain18. 26
-    hours."""
+    """The plain network of 34 layers, otherwise as resnet50.
+
+    Run: python jobs/imagenet.py plain34 --data /data/ilsvrc2012 --storage /runs --evaluation.protocols ten_crop
+    Takes: 26 hours of one H100 to train (an estimate: resnet50's rate, by multiply-adds)
+    Expect: 28.54 / 10.02 % top-1 / top-5 error by 10-crop (paper, Tables 2 and 3): worse than plain18
+    """
     return _plain(34)
 
 
 def vgg16() -> TrainConfig:
-    """VGG-16, the row above the plain networks in Table 3: 28.07 / 9.33 in the authors' own 10-crop test of the
-    published model. Trained as Simonyan and Zisserman say: batch 256, lr 0.01 divided at plateaus, weight decay 5e-4,
-    dropout, 370,000 iterations; from He's initialization instead of a shallower net's weights. 70 hours."""
+    """VGG-16, the row above the plain networks in Table 3. Trained as Simonyan and Zisserman say: batch 256, lr 0.01
+    divided at plateaus, weight decay 5e-4, dropout, 370,000 iterations; from He's initialization instead of a shallower
+    net's weights.
+
+    Run: python jobs/imagenet.py vgg16 --data /data/ilsvrc2012 --storage /runs --evaluation.protocols ten_crop
+    Takes: 69 hours of one H100 to train (an estimate: resnet50's rate, by multiply-adds)
+    Expect: 28.07 / 9.33 % top-1 / top-5 error by 10-crop (paper, Table 3: its authors' test of the published model)
+    """
     base = resnet50()
     return replace(
         base,
@@ -107,18 +165,33 @@ def vgg16() -> TrainConfig:
 
 
 def plain34_3x() -> TrainConfig:
-    """plain34 with three times the iterations. Paper, footnote 3: the degradation is still there. 79 hours."""
+    """plain34 with three times the iterations.
+
+    Run: python jobs/imagenet.py plain34_3x --data /data/ilsvrc2012 --storage /runs
+    Takes: 79 hours of one H100 to train (an estimate: resnet50's rate, by multiply-adds)
+    Expect: no number: the degradation is still there (paper, footnote 3)
+    """
     base = plain34()
     return replace(base, schedule=replace(base.schedule, max_steps=3 * base.schedule.max_steps))
 
 
 def plain50() -> TrainConfig:
-    """The plain network of 50 layers, of bottlenecks. Paper, footnote 4: those have degradation too. 25 hours."""
+    """The plain network of 50 layers, of bottlenecks.
+
+    Run: python jobs/imagenet.py plain50 --data /data/ilsvrc2012 --storage /runs
+    Takes: 25 hours of one H100 to train (an estimate: resnet50's rate, by multiply-adds)
+    Expect: no number: plain networks of bottlenecks have degradation too (paper, footnote 4)
+    """
     return _plain(50)
 
 
 def plain101() -> TrainConfig:
-    """The plain network of 101 layers, of bottlenecks, as plain50. 52 hours."""
+    """The plain network of 101 layers, of bottlenecks, as plain50.
+
+    Run: python jobs/imagenet.py plain101 --data /data/ilsvrc2012 --storage /runs
+    Takes: 52 hours of one H100 to train (an estimate: resnet50's rate, by multiply-adds)
+    Expect: no number: plain networks of bottlenecks have degradation too (paper, footnote 4)
+    """
     return _plain(101)
 
 
@@ -128,7 +201,12 @@ def plain101() -> TrainConfig:
 def resnet50_large_batch() -> TrainConfig:
     """ResNet-50 (v1.5) at batch 8,192 in groups of 32 on up to 256 GPUs (Goyal et al. 2017): lr 0.1 · 8192 / 256, five
     epochs of linear warm-up, a tenth from epochs 30, 60 and 80 on, 90 in all, zero gamma, no decay on batch norm, a
-    random area. Theirs 23.74 ± 0.09 (1-crop; at batch 256 23.60 ± 0.12). 22 hours."""
+    random area.
+
+    Run: python jobs/imagenet.py resnet50_large_batch --data /data/ilsvrc2012 --storage /runs
+    Takes: 22 hours of one H100 to train (an estimate: resnet50's rate, by multiply-adds; more GPUs were not timed)
+    Expect: 23.74 ± 0.09 % top-1 error by 1-crop, where batch 256 has 23.60 ± 0.12 % (Goyal et al. 2017)
+    """
     base = _usual()
     batch = BatchConfig(global_batch_size=8_192, bn_group_size=32)
     epoch = _TRAIN_IMAGES / batch.global_batch_size
@@ -151,8 +229,13 @@ def resnet50_large_batch() -> TrainConfig:
 def resnet50_modern() -> TrainConfig:
     """ResNet-50 (v1.5) with label smoothing 0.1, cosine from lr 0.4 at batch 1,024 after five epochs of warm-up, 120
     epochs, zero gamma, no decay on batch norm and biases, random area, and a moving average of the weights (0.9999),
-    which is tested. GluonCV's ResNet50_v1b, trained so without the average and with colours changed more, has
-    22.33 / 6.18 (1-crop) where the paper has 24.7 / 7.8. 30 hours."""
+    which is tested.
+
+    Run: python jobs/imagenet.py resnet50_modern --data /data/ilsvrc2012 --storage /runs
+    Takes: 30 hours of one H100 to train (an estimate: resnet50's rate, by multiply-adds)
+    Expect: 22.33 / 6.18 % top-1 / top-5 error by 1-crop (GluonCV's ResNet50_v1b, trained so without the average and
+        with colours changed more), where resnet50 has 24.7 / 7.8 % (the authors' released model)
+    """
     base = _usual()
     batch = BatchConfig(global_batch_size=1_024, bn_group_size=128)
     return replace(
@@ -174,7 +257,12 @@ def resnet50_modern() -> TrainConfig:
 
 
 def resnet18_64px() -> TrainConfig:
-    """ResNet-18 on 64 × 64 pixels for small sets and machines without a GPU: batch 64 in two groups, 30 epochs."""
+    """ResNet-18 on 64 × 64 pixels for small sets and machines without a GPU: batch 64 in two groups, 30 epochs.
+
+    Run: python jobs/imagenet.py resnet18_64px --data /data/mini --storage /runs
+    Takes: 4 minutes of 2 CPU cores on 800 images (measured: 4 min 13 s)
+    Expect: 43.33 % top-1 error on 300 photographs of 10 classes (one run, benchmarks/RESULTS.md); chance is 90 %
+    """
     return replace(
         resnet50(),
         model=ModelConfig(depth=18),
@@ -188,8 +276,12 @@ def resnet18_64px() -> TrainConfig:
 
 
 def demo() -> TrainConfig:
-    """``make demo``: resnet18_64px on 480 generated images, 20 epochs with a quick plateau rule. Two to three
-    minutes on 2 CPUs; the validation error falls from 87.5 % (chance) to about 50 %."""
+    """resnet18_64px on the 480 images that ``make demo`` generates, 20 epochs with a quick plateau rule.
+
+    Run: python jobs/imagenet.py demo --data build/demo/data --storage build/demo/runs
+    Takes: 3 minutes of 2 CPU cores (measured: 2 min 34 s)
+    Expect: 50.00 % top-1 error on 80 images (one run, benchmarks/RESULTS.md); chance is 87.5 %
+    """
     base = resnet18_64px()
     schedule = replace(base.schedule, max_epochs=20, plateau_window=3, plateau_min_steps=75, plateau_max_drops=2)
     return replace(base, schedule=schedule, rhythm=replace(base.rhythm, log_every_steps=10))
