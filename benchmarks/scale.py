@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from benchmarks.machine import line_of, record
-from jobs.campaign import ilsvrc2015
+from jobs.campaign_recipes import ilsvrc2015
 from orchestrator import models
 from orchestrator.config import EvaluationConfig, Protocol, TrainConfig
 from orchestrator.control.prediction import (

@@ -25,7 +25,7 @@ from cluster.launch import Job, Where
 from cluster.settings import SlurmSettings
 from cluster.slurm import Slurm
 from jobs import command_line
-from jobs.campaign import ilsvrc2015
+from jobs.campaign_recipes import ilsvrc2015
 from orchestrator.campaign.plan import Plan, pack
 from orchestrator.config import BatchConfig, GuardConfig, TrainConfig
 from orchestrator.control import dry_run

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.scale import arguments, cost_of, site_of, storage, works
-from jobs.campaign import ilsvrc2015
+from jobs.campaign_recipes import ilsvrc2015
 from orchestrator.campaign.plan import Plan, pack
 from orchestrator.control.prediction import campaign_time
 from orchestrator.ray_session import Cluster, Node

@@ -8,8 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from jobs import campaign as campaign_job
-from jobs import cifar10
+from jobs import campaign_recipes, cifar10
 from orchestrator.campaign.note import CampaignNote, MemberNote, result, spreads_of
 from orchestrator.campaign.spread import seeds_of, spreads
 from orchestrator.campaign.status import Row, State, Status, over_seeds
@@ -58,10 +57,10 @@ def test_a_campaigns_result_says_so() -> None:
 
 
 def test_the_recipes_of_seeds_are_seeds() -> None:
-    runs = campaign_job.cifar10_degradation().run_configs()
+    runs = campaign_recipes.cifar10_degradation().run_configs()
     assert seeds_of(runs) == [tuple(f"{net}56-{letter}" for letter in "abc") for net in ("resnet", "plain")]
     assert len({config.seed for config in runs.values()}) == 6
-    assert list(campaign_job.cifar10_table6().run_configs())[:2] == ["resnet20", "resnet32"]
+    assert list(campaign_recipes.cifar10_table6().run_configs())[:2] == ["resnet20", "resnet32"]
 
 
 def test_the_table_tells_of_members_that_are_done() -> None:

@@ -22,7 +22,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.allocation import free_port
-from jobs.campaign import ilsvrc2015
+from jobs.campaign_recipes import ilsvrc2015
 from orchestrator.config import ModelConfig
 from orchestrator.control.faults import NETWORK, ORDERS_VARIABLE, Orders
 from orchestrator.control.metrics import Exporter
