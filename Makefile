@@ -6,7 +6,7 @@ DEMO := build/demo
 export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: demo test test-faults test-cluster lint types setup golden outage benchmark-quick clean
+.PHONY: demo test test-faults test-cluster test-docs lint types setup golden outage benchmark-quick clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/installed
@@ -47,6 +47,13 @@ test-cluster: setup
 	command -v slurmctld >/dev/null || PATH=$$PATH:/usr/sbin command -v slurmctld >/dev/null || apt-get install --yes slurm-wlm munge
 	command -v ip >/dev/null || apt-get install --yes iproute2
 	TEST_CLUSTER=1 $(PYTHON) -m pytest tests/cluster --timeout 1200 --session-timeout 7200
+
+test-docs: setup
+	@echo "== every command of the README and the pages, on a machine of its own (half an hour; root; some are in 'make test')"
+	command -v slurmctld >/dev/null || PATH=$$PATH:/usr/sbin command -v slurmctld >/dev/null || apt-get install --yes slurm-wlm munge
+	command -v ip >/dev/null || apt-get install --yes iproute2
+	command -v prometheus >/dev/null || apt-get install --yes --no-install-recommends prometheus
+	TEST_DOCS=1 $(PYTHON) -m pytest tests/docs --timeout 1200 --session-timeout 7200
 
 lint: setup
 	@echo "== lint"

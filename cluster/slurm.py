@@ -136,6 +136,11 @@ def _check(settings: SlurmSettings) -> None:
     for name in ("nodes", "cpus_per_node", "time_min"):
         if getattr(settings, name) < 1:
             raise ValueError(f"--slurm.{name.replace('_', '-')} must be at least 1, not {getattr(settings, name)}")
+    if settings.cpus_per_node < settings.gpus_per_node:
+        raise ValueError(
+            f"--slurm.cpus-per-node {settings.cpus_per_node} is less than --slurm.gpus-per-node "
+            f"{settings.gpus_per_node}: a worker takes a CPU at least beside its GPU, and the others would idle"
+        )
     if settings.warning_s >= settings.time_min * 60:
         raise ValueError(
             f"--slurm.warning-s {settings.warning_s} leaves nothing of a start of {settings.time_min} minutes"

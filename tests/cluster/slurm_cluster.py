@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -174,3 +175,9 @@ def wait_for(reached: Callable[[], bool], otherwise: str | Callable[[], str], ti
     while not reached():
         assert time.monotonic() < until_s, otherwise if isinstance(otherwise, str) else otherwise()
         time.sleep(0.3)
+
+
+if __name__ == "__main__":  # until it is killed; the argument is a file, for where its configuration is
+    with SlurmCluster() as cluster:
+        Path(sys.argv[1]).write_text(cluster.environment["SLURM_CONF"])
+        signal.pause()

@@ -17,6 +17,7 @@ from tests.training.group import options, small_config
 
 ROOT = Path(__file__).parents[2]
 MAX_LINES = 30
+in_full = pytest.mark.skipif("TEST_DOCS" not in os.environ, reason="a minute or two: make test-docs")
 
 
 def example(page: str, language: str) -> str:
@@ -31,6 +32,7 @@ def environment(**changed: str) -> dict[str, str]:
     return kept | {"PATH": f"{Path(sys.executable).parent}:{kept['PATH']}", **changed}
 
 
+@in_full
 @pytest.mark.ray_cluster
 @pytest.mark.timeout(900)
 def test_your_own_data(archives: Path, tmp_path: Path) -> None:
@@ -78,6 +80,7 @@ def test_your_own_model(prepared: Path, tmp_path: Path) -> None:
     assert "model.factory" in refused.stderr
 
 
+@in_full
 @pytest.mark.ray_cluster
 @pytest.mark.timeout(900)
 def test_reproducing_the_paper(tmp_path: Path) -> None:

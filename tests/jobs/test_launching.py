@@ -71,6 +71,10 @@ def test_every_job_is_launched_elsewhere(
         (("--on", "local", "--schedule.max-stepz", "3"), "--schedule.max-stepz"),
         (("--on", "moon"), "moon"),
         (("--on", "slurm", "--slurm.nodes", "0"), "--slurm.nodes must be at least 1, not 0"),
+        (
+            ("--on", "slurm", "--slurm.gpus-per-node", "8"),
+            "--slurm.cpus-per-node 1 is less than --slurm.gpus-per-node 8",
+        ),
         (("--on", "slurm", "--slurm.array"), "--slurm.array is for a campaign (jobs/campaign.py) --on slurm"),
         (("--on", "slurm"), "there is no sbatch here: launch from a machine of the SLURM cluster"),
         (("--on", "ray", "--ray.dashboard", "http://127.0.0.1:9"), "no Ray cluster takes jobs at http://127.0.0.1:9"),
