@@ -5,6 +5,7 @@ from __future__ import annotations
 import _thread
 import logging
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -62,23 +63,44 @@ class Watch:
         self._group = ""
         self._broken_group, self._broken_s, self._ended = "", 0.0, set[int]()  # one that has lost a machine
         self._interrupted_s = 0.0
+        self._signals = socket.socketpair()  # Python writes there which signals came: one end each to hear and to tell
         self.gave_up = False  # fit was interrupted from here
         self.refusal: Refusal | None = None
 
     def start(self) -> None:
         """From the main thread, just before ``fit``."""
         self._is_fitting = True
+        self._signals[1].setblocking(False)
+        self._told_before = signal.set_wakeup_fd(self._signals[1].fileno(), warn_on_full_buffer=False)
         self._thread.start()
+        threading.Thread(target=self._insist, name="insist", daemon=True).start()
 
     def fit_has_ended(self) -> None:
         """From the main thread: nothing is left to interrupt."""
         with self._lock:
             self._is_fitting = False
+        signal.set_wakeup_fd(self._told_before)
+        self._signals[1].close()  # ends the thread that hears
 
     def stop(self) -> None:
         """Pass on what is left, and end."""
         self._end.set()
         self._thread.join(timeout=15)
+
+    def _insist(self) -> None:
+        """Once Ctrl-C is pressed, press it again until ``fit`` ends.
+
+        Ray's handler asks its controller to end, which does not hear while it waits for machines; the third time it
+        ends without it.
+        """
+        with self._signals[0] as hears:
+            while (numbers := hears.recv(64)) and signal.SIGINT not in numbers:
+                pass
+            while numbers and not self._end.wait(_ABORT_S):
+                with self._lock:
+                    if not self._is_fitting:
+                        return
+                    _thread.interrupt_main(signal.SIGINT)
 
     def _run(self) -> None:
         heard_s, told = time.monotonic(), False

@@ -74,6 +74,32 @@ def test_a_run_goes_on_with_whatever_machines_are_there(
     assert decisions(folder) == decisions(alone)
 
 
+@pytest.mark.skipif(not EVERY_FAULT, reason="two minutes: make test-faults")
+@pytest.mark.ray_cluster
+@pytest.mark.timeout(600)
+def test_one_ctrl_c_ends_a_run_that_waits_for_a_lost_machine(prepared: Path, tmp_path: Path) -> None:
+    """Ray's controller, which its handler asks to end, hears nothing while it waits."""
+    config = small_config(prepared, tmp_path / "runs", "waits", model=ModelConfig(factory=NETWORK))
+    config = replace(config, schedule=replace(config.schedule, max_steps=10_000))
+    config = replace(config, tracking=TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db"))
+    with LocalCluster() as cluster:
+        cluster.add(0)  # the driver's
+        cluster.add(1)
+        lost = cluster.add(1)
+        places = PlacementConfig(num_workers=2, cpus_per_worker=1, use_gpu=False, ray_address=cluster.address)
+        run = DrivenRun(replace(config, placement=places), lambda: cluster.environment, tmp_path / "waits.log")
+        try:
+            run.start()
+            assert run.wait(lambda: run.step >= 6, 240), run.lines[-10:]
+            cluster.lose(lost)
+            assert run.wait(lambda: any("is lost to Ray" in line for line in run.lines), 120), run.lines[-10:]
+            assert not run.wait(lambda: False, 15)  # until the controller waits
+            assert run.interrupt(120) == 130, run.lines[-10:]
+            assert "interrupted: " in run.lines[-1]
+        finally:
+            run.kill()
+
+
 def _workers(run: DrivenRun) -> list[int]:
     """Numbers of workers, start by start, as the driver tells them."""
     found = [re.search(r"^training from step .*, (\d+) worker", line) for line in run.lines]
