@@ -48,13 +48,14 @@ class Report:
         )
 
 
-def tracking_faults(database: Path, name: str, steps: int) -> str:
-    """What is wrong with the steps of run ``name`` in MLflow's database; "" where each is there once."""
+def tracking_faults(database: Path, run: str, steps: int) -> str:
+    """What is wrong with the steps of the run at URL ``run`` in MLflow's database, which may have those of other
+    rehearsals too; "" where each is there once."""
     with sqlite3.connect(database) as store:
         found = store.execute(
-            "select step, count(*) from metrics join runs using (run_uuid) where runs.name = ? and key = 'train_loss' "
-            "group by step",
-            (name,),
+            "select step, count(*) from metrics join tags using (run_uuid) "
+            "where tags.key = 'run_key' and tags.value = ? and metrics.key = 'train_loss' group by step",
+            (run,),
         ).fetchall()
     twice = [step for step, count in found if count > 1]
     lost = sorted(set(range(1, steps + 1)) - {step for step, _ in found})

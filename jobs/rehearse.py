@@ -279,7 +279,7 @@ class Rehearsal:
             report.notes.append(wrong)
         report.sha256 = digest_of(self._root.sub("disturbed"))
         report.wrong_images += wrong_images(self._root.sub("disturbed"), run.config, steps)
-        report.tracking = tracking_faults(self._server.database, "disturbed", steps)
+        report.tracking = tracking_faults(self._server.database, self._root.sub("disturbed").url, steps)
 
     def strike(self, run: DrivenRun, fault: Fault, steps: int) -> Row:
         """Inject one fault at a random moment of a run that is under way, and see it recover."""

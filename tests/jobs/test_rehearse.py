@@ -119,13 +119,20 @@ def test_the_report_says_what_was_kept_and_what_was_not(tmp_path: Path, capsys: 
 def test_steps_that_mlflow_lacks_or_has_twice_are_told(tmp_path: Path) -> None:
     database = tmp_path / "mlflow.db"
     with sqlite3.connect(database) as store:
-        store.execute("create table runs (run_uuid text, name text)")
+        store.execute("create table tags (run_uuid text, key text, value text)")
         store.execute("create table metrics (run_uuid text, key text, step integer, timestamp integer)")
-        store.execute("insert into runs values ('1', 'disturbed'), ('2', 'clean')")
+        rows = [
+            ("1", "run_key", "/r/2/disturbed"),
+            ("2", "run_key", "/r/1/disturbed"),
+            ("2", "recipe", "/r/2/disturbed"),
+        ]
+        store.executemany("insert into tags values (?, ?, ?)", rows)
         steps = [("1", "train_loss", step, 10 * step) for step in (1, 2, 4, 5)]
-        store.executemany("insert into metrics values (?, ?, ?, ?)", [*steps, ("2", "train_loss", 3, 1)])
-    assert rehearsal_report.tracking_faults(database, "disturbed", 5) == "MLflow lacks the steps [3]"
+        store.executemany(
+            "insert into metrics values (?, ?, ?, ?)", [*steps, ("2", "train_loss", 3, 1), ("2", "train_loss", 5, 1)]
+        )
+    assert rehearsal_report.tracking_faults(database, "/r/2/disturbed", 5) == "MLflow lacks the steps [3]"
     with sqlite3.connect(database) as store:
         store.execute("insert into metrics values ('1', 'train_loss', 3, 30), ('1', 'train_loss', 5, 51)")
-    assert rehearsal_report.tracking_faults(database, "disturbed", 5) == "MLflow has the steps [5] more than once"
-    assert rehearsal_report.tracking_faults(database, "disturbed", 4) == "MLflow has the steps [5] more than once"
+    assert rehearsal_report.tracking_faults(database, "/r/2/disturbed", 5) == "MLflow has the steps [5] more than once"
+    assert rehearsal_report.tracking_faults(database, "/r/2/disturbed", 4) == "MLflow has the steps [5] more than once"
