@@ -223,7 +223,9 @@ def first_step(config: TrainConfig, ready: Any) -> None:
 def resume(a: Arguments, folder: Path) -> str:
     """An epoch is 100 steps of 1 % each, on any data set."""
     repeats = 2 if a.quick else 7
-    batch_size = max(1, len(DataSet(Storage(a.data)).split("train")) // 100)
+    if (num_images := len(DataSet(Storage(a.data)).split("train"))) < 200:
+        raise ValueError(f"--data has {num_images} training images: 200 at least make an epoch of 100 steps")
+    batch_size = num_images // 100
     points = {"1": 1, "99": 99}
     configs = {}
     for name, step in points.items():
