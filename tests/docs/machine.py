@@ -28,6 +28,7 @@ cd {folder}/root
 mount -t proc proc proc
 mount -o bind,ro proc/sys proc/sys
 mount -t sysfs -o ro sysfs sys
+mount --rbind /sys/fs/cgroup sys/fs/cgroup
 mount -t tmpfs -o mode=755 tmpfs dev
 mkdir dev/shm dev/pts
 for each in null zero full random urandom tty; do touch dev/$each; mount --bind /dev/$each dev/$each; done
