@@ -160,7 +160,7 @@ def plain110() -> TrainConfig:
 
     Run: python jobs/cifar10.py plain110 --data /data/cifar10 --storage /runs
     Takes: 31–38 hours of 2 CPU cores (an estimate: resnet20's rate, 6.2 times the multiply-adds)
-    Expect: an error above 60 % (paper, section 4.2)
+    Expect: an error above 60 % (paper, Figure 6)
     """
     return _plain(110)
 

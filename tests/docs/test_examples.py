@@ -59,6 +59,7 @@ def test_your_own_data(archives: Path, tmp_path: Path) -> None:
     assert (tmp_path / "sheet.png").exists()
 
 
+@in_full
 @pytest.mark.ray_cluster
 @pytest.mark.timeout(900)
 def test_your_own_model(prepared: Path, tmp_path: Path) -> None:
