@@ -33,7 +33,7 @@ demo: setup
 
 test: lint types
 	@echo "== tests (REAL_DATA=$${REAL_DATA:-, so tests on real images are skipped})"
-	$(PYTHON) -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+	OMP_WAIT_POLICY=passive $(PYTHON) -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 FAULT_SEEDS ?= 5
 test-faults: setup
