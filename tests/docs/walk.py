@@ -151,7 +151,7 @@ _ON_A_CLUSTER = (
     ready("python -m tests.docs.reader recorded http://127.0.0.1:5000 resnet50"),
     Step(CLUSTER, "python jobs/imagenet.py resnet50 --data s3://bucket/ilsvrc2012 --storage s3://bucket/runs --name r50-a --on ray --ray.dashboard http://127.0.0.1:8265", SMALL),
     ready("until python -m cluster status r50-a | grep -q finished; do sleep 1; done; python -m cluster log r50-a", says="2 steps done"),
-    ready("python jobs/report.py --storage s3://bucket/runs --out s3://bucket/report", says="runs: 1 (1 finished)"),
+    ready("python jobs/report.py --storage s3://bucket/runs --out s3://bucket/report", says="finished), ensembles: 0"),
     Step(README, "python jobs/imagenet.py … --on ray", means={"…": f"resnet50 {DATA} {RUNS} --name on-ray {SMALL}"}),
     finished("/runs/on-ray/finished.json"),
     ready("rm -rf /runs/r50-a"),
