@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 README, CLUSTER, PAPER = "README.md", "running_on_your_cluster.md", "reproducing_the_paper.md"
 WATCHING, OWN_MODEL, WRONG = "watching.md", "your_own_model.md", "when_something_goes_wrong.md"
@@ -61,8 +62,8 @@ class Step:
         return command
 
 
-def ready(command: str, **options: object) -> Step:
-    return Step("", command, **options)  # type: ignore[arg-type]
+def ready(command: str, **options: Any) -> Step:
+    return Step("", command, **options)
 
 
 # -- less of the same -------------------------------------------------------------------------------------------------
